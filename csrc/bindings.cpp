@@ -1,0 +1,377 @@
+// The module eet_patch._C: names and arguments, nothing else. Addresses, sizes and strides (in elements) arrive checked
+// by eet_patch/ops; `device` is -1 for the CPU or a CUDA ordinal. The GIL is released around the work.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "ops.h"
+
+#ifdef EET_WITH_CUDA
+#include <cuda_runtime.h>
+#endif
+
+namespace py = pybind11;
+
+namespace eet_patch {
+namespace {
+
+using Address = uintptr_t;
+using Triple = std::tuple<int64_t, int64_t, int64_t>;
+using AddressTriple = std::tuple<Address, Address, Address>;
+// address, kind, batch stride, head stride, query stride, key stride
+using MaskTuple = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t>;
+
+void* ptr(Address address) { return reinterpret_cast<void*>(address); }
+const int64_t* index_ptr(Address address) { return reinterpret_cast<const int64_t*>(address); }
+
+HeadStrides strides(const Triple& t) { return {std::get<0>(t), std::get<1>(t), std::get<2>(t)}; }
+
+AttentionMask attention_mask(const MaskTuple& t) {
+  AttentionMask mask;
+  mask.data = ptr(std::get<0>(t));
+  mask.kind = static_cast<MaskKind>(std::get<1>(t));
+  mask.batch_stride = std::get<2>(t);
+  mask.head_stride = std::get<3>(t);
+  mask.query_stride = std::get<4>(t);
+  mask.key_stride = std::get<5>(t);
+  return mask;
+}
+
+void fill(const void* (&to)[3], const AddressTriple& from) {
+  to[0] = ptr(std::get<0>(from));
+  to[1] = ptr(std::get<1>(from));
+  to[2] = ptr(std::get<2>(from));
+}
+
+void raise(const char* op, const Status& status) {
+  if (status.ok()) return;
+  const std::string name = std::string("eet_patch.") + op + ": ";
+  if (status.code == Status::kBadIndex) throw py::index_error(name + "index out of range of its table");
+  if (status.code == Status::kUnsupported) {
+    throw py::value_error(name + "these sizes are not supported on this device");
+  }
+#ifdef EET_WITH_CUDA
+  const auto error = static_cast<cudaError_t>(status.code);
+  throw std::runtime_error(name + "CUDA error " + std::to_string(status.code) + " (" + cudaGetErrorName(error) + "): " +
+                           cudaGetErrorString(error));
+#else
+  throw std::runtime_error(name + "failed with code " + std::to_string(status.code));
+#endif
+}
+
+// Selects `device` for the launch and puts the caller's choice back.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+#ifdef EET_WITH_CUDA
+    if (device < 0) return;
+    error_ = cudaGetDevice(&previous_);
+    if (error_ == cudaSuccess && previous_ != device) {
+      error_ = cudaSetDevice(device);
+      changed_ = error_ == cudaSuccess;
+    }
+#else
+    (void)device;
+#endif
+  }
+  ~DeviceGuard() {
+#ifdef EET_WITH_CUDA
+    if (changed_) cudaSetDevice(previous_);
+#endif
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  int error() const { return error_; }
+
+ private:
+#ifdef EET_WITH_CUDA
+  cudaError_t error_ = cudaSuccess;
+  int previous_ = 0;
+  bool changed_ = false;
+#else
+  int error_ = 0;
+#endif
+};
+
+template <typename Args>
+using Op = Status (*)(const Args&, const Context&);
+
+template <typename Args>
+void run(const char* name, Op<Args> on_cpu, Op<Args> on_cuda, const Args& args, int device, Address stream,
+         int num_threads) {
+  Status status;
+  {
+    py::gil_scoped_release release;
+    const Context context{ptr(stream), num_threads};
+    if (device < 0) {
+      status = on_cpu(args, context);
+    } else if (on_cuda == nullptr) {
+      status.code = Status::kUnsupported;
+    } else {
+      const DeviceGuard guard(device);
+      status.code = guard.error();
+      if (status.ok()) status = on_cuda(args, context);
+    }
+  }
+  raise(name, status);
+}
+
+#ifdef EET_WITH_CUDA
+#define EET_CUDA_OP(op) &cuda::op
+#define EET_ON_DEVICE(call) (device < 0 ? cpu::call : cuda::call)
+#else
+#define EET_CUDA_OP(op) static_cast<decltype(&cpu::op)>(nullptr)
+#define EET_ON_DEVICE(call) (cpu::call)
+#endif
+#define EET_RUN(op) run(#op, &cpu::op, EET_CUDA_OP(op), args, device, stream, num_threads)
+
+void embedding(Address out, Address word_weight, Address position_weight, Address token_type_weight, Address input_ids,
+               Address position_ids, Address token_type_ids, Address norm_weight, Address norm_bias, int64_t rows,
+               int64_t hidden_size, int64_t vocab_size, int64_t num_positions, int64_t num_token_types,
+               int64_t position_count, int64_t token_type_count, float word_scale, float eps, int dtype, int device,
+               Address stream, int num_threads) {
+  const EmbeddingArgs args{ptr(out), ptr(word_weight), ptr(position_weight), ptr(token_type_weight),
+                           index_ptr(input_ids), index_ptr(position_ids), index_ptr(token_type_ids), ptr(norm_weight),
+                           ptr(norm_bias), rows, hidden_size, vocab_size, num_positions, num_token_types,
+                           position_count, token_type_count, word_scale, eps, static_cast<DType>(dtype)};
+  EET_RUN(embedding);
+}
+
+void layernorm(Address out, Address input, Address weight, Address bias, int64_t rows, int64_t hidden_size, float eps,
+               int dtype, int device, Address stream, int num_threads) {
+  const LayerNormArgs args{ptr(out), ptr(input), ptr(weight), ptr(bias), rows, hidden_size, eps,
+                           static_cast<DType>(dtype)};
+  EET_RUN(layernorm);
+}
+
+void bias_residual_layernorm(Address out, Address sum_out, Address input, Address bias, Address residual,
+                             Address weight, Address norm_bias, int64_t rows, int64_t hidden_size, float eps,
+                             int dtype, int device, Address stream, int num_threads) {
+  const BiasResidualLayerNormArgs args{ptr(out), ptr(sum_out), ptr(input), ptr(bias), ptr(residual), ptr(weight),
+                                       ptr(norm_bias), rows, hidden_size, eps, static_cast<DType>(dtype)};
+  EET_RUN(bias_residual_layernorm);
+}
+
+void bias_activation(Address out, Address input, Address bias, int64_t rows, int64_t size, int activation, int dtype,
+                     int device, Address stream, int num_threads) {
+  const BiasActivationArgs args{ptr(out), ptr(input), ptr(bias), rows, size, static_cast<Activation>(activation),
+                                static_cast<DType>(dtype)};
+  EET_RUN(bias_activation);
+}
+
+void linear(Address out, Address input, const AddressTriple& weights, const AddressTriple& biases, Address residual,
+            Address norm_weight, Address norm_bias, int64_t rows, int64_t in_features, int64_t out_features,
+            int64_t input_stride, int64_t out_stride, int num_weights, bool in_out, int activation, float norm_eps,
+            int dtype, int device, Address stream, int num_threads) {
+  LinearArgs args{};
+  args.out = ptr(out);
+  args.input = ptr(input);
+  fill(args.weight, weights);
+  fill(args.bias, biases);
+  args.residual = ptr(residual);
+  args.norm_weight = ptr(norm_weight);
+  args.norm_bias = ptr(norm_bias);
+  args.rows = rows;
+  args.in_features = in_features;
+  args.out_features = out_features;
+  args.input_stride = input_stride;
+  args.out_stride = out_stride;
+  args.num_weights = num_weights;
+  args.in_out = in_out;
+  args.activation = static_cast<Activation>(activation);
+  args.norm_eps = norm_eps;
+  args.dtype = static_cast<DType>(dtype);
+  EET_RUN(linear);
+}
+
+AttentionArgs attention_args(Address out, Address query, Address key, Address value, const Triple& out_strides,
+                             const Triple& query_strides, const Triple& key_strides, const Triple& value_strides,
+                             const MaskTuple& mask, Address cu_seqlens, Address kv_start, int64_t batch,
+                             int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t q_len, int64_t kv_len,
+                             bool causal, float softmax_scale, int dtype, Address workspace, int64_t workspace_bytes) {
+  AttentionArgs args{};
+  args.out = ptr(out);
+  args.query = ptr(query);
+  args.key = ptr(key);
+  args.value = ptr(value);
+  args.out_strides = strides(out_strides);
+  args.query_strides = strides(query_strides);
+  args.key_strides = strides(key_strides);
+  args.value_strides = strides(value_strides);
+  args.mask = attention_mask(mask);
+  args.cu_seqlens = index_ptr(cu_seqlens);
+  args.kv_start = index_ptr(kv_start);
+  args.batch = batch;
+  args.num_heads = num_heads;
+  args.num_kv_heads = num_kv_heads;
+  args.head_dim = head_dim;
+  args.q_len = q_len;
+  args.kv_len = kv_len;
+  args.causal = causal;
+  args.softmax_scale = softmax_scale;
+  args.dtype = static_cast<DType>(dtype);
+  args.workspace = ptr(workspace);
+  args.workspace_bytes = workspace_bytes;
+  return args;
+}
+
+void attention(Address out, Address query, Address key, Address value, const Triple& out_strides,
+               const Triple& query_strides, const Triple& key_strides, const Triple& value_strides,
+               const MaskTuple& mask, Address cu_seqlens, Address kv_start, int64_t batch, int64_t num_heads,
+               int64_t num_kv_heads, int64_t head_dim, int64_t q_len, int64_t kv_len, bool causal, float softmax_scale,
+               Address workspace, int64_t workspace_bytes, int dtype, int device, Address stream, int num_threads) {
+  const AttentionArgs args = attention_args(out, query, key, value, out_strides, query_strides, key_strides,
+                                            value_strides, mask, cu_seqlens, kv_start, batch, num_heads, num_kv_heads,
+                                            head_dim, q_len, kv_len, causal, softmax_scale, dtype, workspace,
+                                            workspace_bytes);
+  EET_RUN(attention);
+}
+
+int64_t attention_workspace_bytes(int64_t batch, int64_t num_heads, int64_t head_dim, int64_t q_len, int64_t kv_len,
+                                  int dtype, int device) {
+  const AttentionArgs args = attention_args(0, 0, 0, 0, {}, {}, {}, {}, {}, 0, 0, batch, num_heads, num_heads,
+                                            head_dim, q_len, kv_len, false, 1.0f, dtype, 0, 0);
+  (void)device;
+  return EET_ON_DEVICE(attention_workspace_bytes(args));
+}
+
+void attention_block(Address out, Address hidden_states, const AddressTriple& qkv_weights,
+                     const AddressTriple& qkv_biases, int num_qkv_weights, Address out_weight, Address out_bias,
+                     bool in_out, Address norm_weight, Address norm_bias, float norm_eps, int norm, bool add_residual,
+                     Address key_cache, Address value_cache, const Triple& cache_strides, int64_t past_len,
+                     const MaskTuple& mask, Address kv_start, Address cu_seqlens, int64_t batch, int64_t num_heads,
+                     int64_t head_dim, int64_t q_len, int64_t total_tokens, bool causal, float softmax_scale,
+                     Address workspace, int64_t workspace_bytes, int dtype, int device, Address stream,
+                     int num_threads) {
+  AttentionBlockArgs args{};
+  args.out = ptr(out);
+  args.hidden_states = ptr(hidden_states);
+  fill(args.qkv_weight, qkv_weights);
+  fill(args.qkv_bias, qkv_biases);
+  args.num_qkv_weights = num_qkv_weights;
+  args.out_weight = ptr(out_weight);
+  args.out_bias = ptr(out_bias);
+  args.in_out = in_out;
+  args.norm_weight = ptr(norm_weight);
+  args.norm_bias = ptr(norm_bias);
+  args.norm_eps = norm_eps;
+  args.norm = static_cast<NormPlacement>(norm);
+  args.add_residual = add_residual;
+  args.key_cache = ptr(key_cache);
+  args.value_cache = ptr(value_cache);
+  args.cache_strides = strides(cache_strides);
+  args.past_len = past_len;
+  args.mask = attention_mask(mask);
+  args.kv_start = index_ptr(kv_start);
+  args.cu_seqlens = index_ptr(cu_seqlens);
+  args.batch = batch;
+  args.num_heads = num_heads;
+  args.head_dim = head_dim;
+  args.q_len = q_len;
+  args.total_tokens = total_tokens;
+  args.causal = causal;
+  args.softmax_scale = softmax_scale;
+  args.dtype = static_cast<DType>(dtype);
+  args.workspace = ptr(workspace);
+  args.workspace_bytes = workspace_bytes;
+  EET_RUN(attention_block);
+}
+
+int64_t attention_block_workspace_bytes(int64_t batch, int64_t num_heads, int64_t head_dim, int64_t q_len,
+                                        int64_t past_len, int64_t total_tokens, bool has_cache, int dtype,
+                                        int device) {
+  AttentionBlockArgs args{};
+  args.batch = batch;
+  args.num_heads = num_heads;
+  args.head_dim = head_dim;
+  args.q_len = q_len;
+  args.past_len = past_len;
+  args.total_tokens = total_tokens;
+  // Only whether there is a cache matters for the size.
+  args.key_cache = args.value_cache = has_cache ? &args : nullptr;
+  args.dtype = static_cast<DType>(dtype);
+  (void)device;
+  return EET_ON_DEVICE(attention_block_workspace_bytes(args));
+}
+
+void ffn(Address out, Address hidden_states, Address fc1_weight, Address fc1_bias, Address fc2_weight,
+         Address fc2_bias, bool in_out, Address norm_weight, Address norm_bias, float norm_eps, int norm,
+         bool add_residual, int64_t rows, int64_t hidden_size, int64_t intermediate_size, int activation,
+         Address workspace, int64_t workspace_bytes, int dtype, int device, Address stream, int num_threads) {
+  const FfnArgs args{ptr(out), ptr(hidden_states), ptr(fc1_weight), ptr(fc1_bias), ptr(fc2_weight), ptr(fc2_bias),
+                     in_out, ptr(norm_weight), ptr(norm_bias), norm_eps, static_cast<NormPlacement>(norm),
+                     add_residual, rows, hidden_size, intermediate_size, static_cast<Activation>(activation),
+                     static_cast<DType>(dtype), ptr(workspace), workspace_bytes};
+  EET_RUN(ffn);
+}
+
+int64_t ffn_workspace_bytes(int64_t rows, int64_t hidden_size, int64_t intermediate_size, int dtype, int device) {
+  FfnArgs args{};
+  args.rows = rows;
+  args.hidden_size = hidden_size;
+  args.intermediate_size = intermediate_size;
+  args.dtype = static_cast<DType>(dtype);
+  (void)device;
+  return EET_ON_DEVICE(ffn_workspace_bytes(args));
+}
+
+// What this build holds, for `python -m eet_patch info`.
+py::dict build_info() {
+  py::dict info;
+  info["cpu_capability"] = cpu::capability();
+#ifdef EET_WITH_CUDA
+  info["cuda"] = true;
+  info["cuda_archs"] = EET_CUDA_ARCHS;
+  info["cuda_version"] = CUDART_VERSION;
+#else
+  info["cuda"] = false;
+  info["cuda_archs"] = "";
+  info["cuda_version"] = 0;
+#endif
+  info["compiler"] = __VERSION__;
+  return info;
+}
+
+}  // namespace
+}  // namespace eet_patch
+
+PYBIND11_MODULE(_C, m) {
+  namespace ep = eet_patch;
+  m.doc() = "Kernels of eet_patch over raw addresses; call them through eet_patch.ops, which checks its arguments.";
+  m.attr("MAX_SKINNY_ROWS") = ep::kMaxSkinnyRows;
+#define A(name) py::arg(#name)
+#define EET_TAIL A(dtype), A(device), A(stream), A(num_threads)
+  m.def("embedding", &ep::embedding, A(out), A(word_weight), A(position_weight), A(token_type_weight), A(input_ids),
+        A(position_ids), A(token_type_ids), A(norm_weight), A(norm_bias), A(rows), A(hidden_size), A(vocab_size),
+        A(num_positions), A(num_token_types), A(position_count), A(token_type_count), A(word_scale), A(eps), EET_TAIL);
+  m.def("layernorm", &ep::layernorm, A(out), A(input), A(weight), A(bias), A(rows), A(hidden_size), A(eps), EET_TAIL);
+  m.def("bias_residual_layernorm", &ep::bias_residual_layernorm, A(out), A(sum_out), A(input), A(bias), A(residual),
+        A(weight), A(norm_bias), A(rows), A(hidden_size), A(eps), EET_TAIL);
+  m.def("bias_activation", &ep::bias_activation, A(out), A(input), A(bias), A(rows), A(size), A(activation), EET_TAIL);
+  m.def("linear", &ep::linear, A(out), A(input), A(weights), A(biases), A(residual), A(norm_weight), A(norm_bias),
+        A(rows), A(in_features), A(out_features), A(input_stride), A(out_stride), A(num_weights), A(in_out),
+        A(activation), A(norm_eps), EET_TAIL);
+  m.def("attention", &ep::attention, A(out), A(query), A(key), A(value), A(out_strides), A(query_strides),
+        A(key_strides), A(value_strides), A(mask), A(cu_seqlens), A(kv_start), A(batch), A(num_heads), A(num_kv_heads),
+        A(head_dim), A(q_len), A(kv_len), A(causal), A(softmax_scale), A(workspace), A(workspace_bytes), EET_TAIL);
+  m.def("attention_workspace_bytes", &ep::attention_workspace_bytes, A(batch), A(num_heads), A(head_dim), A(q_len),
+        A(kv_len), A(dtype), A(device));
+  m.def("attention_block", &ep::attention_block, A(out), A(hidden_states), A(qkv_weights), A(qkv_biases),
+        A(num_qkv_weights), A(out_weight), A(out_bias), A(in_out), A(norm_weight), A(norm_bias), A(norm_eps), A(norm),
+        A(add_residual), A(key_cache), A(value_cache), A(cache_strides), A(past_len), A(mask), A(kv_start),
+        A(cu_seqlens), A(batch), A(num_heads), A(head_dim), A(q_len), A(total_tokens), A(causal), A(softmax_scale),
+        A(workspace), A(workspace_bytes), EET_TAIL);
+  m.def("attention_block_workspace_bytes", &ep::attention_block_workspace_bytes, A(batch), A(num_heads), A(head_dim),
+        A(q_len), A(past_len), A(total_tokens), A(has_cache), A(dtype), A(device));
+  m.def("ffn", &ep::ffn, A(out), A(hidden_states), A(fc1_weight), A(fc1_bias), A(fc2_weight), A(fc2_bias), A(in_out),
+        A(norm_weight), A(norm_bias), A(norm_eps), A(norm), A(add_residual), A(rows), A(hidden_size),
+        A(intermediate_size), A(activation), A(workspace), A(workspace_bytes), EET_TAIL);
+  m.def("ffn_workspace_bytes", &ep::ffn_workspace_bytes, A(rows), A(hidden_size), A(intermediate_size), A(dtype),
+        A(device));
+  m.def("build_info", &ep::build_info);
+#undef EET_TAIL
+#undef A
+}

@@ -1,0 +1,102 @@
+// Launching: choice of the element type, programmatic dependent launch, clusters, and errors as values.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+#include "common/convert.cuh"
+#include "ops.h"
+
+namespace eet_patch::cuda {
+
+struct LaunchConfig {
+  dim3 grid, block;
+  cudaStream_t stream = nullptr;
+  size_t shared_bytes = 0;
+  // The kernel before this one on the stream is ours and of the same call, so this one may start before it ends; it
+  // reads nothing that the other wrote, and writes nothing, before wait_for_predecessor().
+  bool chained = false;
+  int cluster_size = 1;
+};
+
+// Queries are cheap (no synchronisation) and need no state of ours.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) {
+    (void)cudaGetLastError();
+    return 0;
+  }
+  return value;
+}
+
+// Returns the launch's own error and clears it, so that the next op does not report it as its own.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  constexpr size_t kDefaultSharedBytes = 48 * 1024;
+  cudaError_t error = cudaSuccess;
+  if (config.shared_bytes > kDefaultSharedBytes) {
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(config.shared_bytes));
+  }
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t launch_config = {};
+    launch_config.gridDim = config.grid;
+    launch_config.blockDim = config.block;
+    launch_config.dynamicSmemBytes = config.shared_bytes;
+    launch_config.stream = config.stream;
+    cudaLaunchAttribute attributes[2];
+    unsigned count = 0;
+    if (config.chained && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (config.cluster_size > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count].val.clusterDim.x = config.cluster_size;
+      attributes[count].val.clusterDim.y = 1;
+      attributes[count++].val.clusterDim.z = 1;
+    }
+    launch_config.attrs = attributes;
+    launch_config.numAttrs = count;
+    error = cudaLaunchKernelEx(&launch_config, kernel, std::forward<Arguments>(arguments)...);
+  }
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return error;
+}
+
+inline Status to_status(cudaError_t error) { return Status{static_cast<int>(error)}; }
+inline cudaStream_t stream_of(const Context& context) { return static_cast<cudaStream_t>(context.stream); }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr int64_t kWorkspaceAlignment = 256;
+inline int64_t workspace_part(int64_t bytes) { return round_up(bytes, kWorkspaceAlignment); }
+
+// Calls function(T()) with the element type of `dtype`.
+template <typename Function>
+cudaError_t dispatch_dtype(DType dtype, Function&& function) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return function(float());
+    case DType::kFloat16:
+      return function(__half());
+    case DType::kBFloat16:
+      return function(__nv_bfloat16());
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Both do nothing unless the launch asked for programmatic dependent launch. Every thread calls them, in this order.
+__device__ __forceinline__ void release_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+}  // namespace eet_patch::cuda

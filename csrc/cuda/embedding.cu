@@ -1,0 +1,118 @@
+// Word, position and token type embeddings summed, and optionally layer-normed (Ba et al. 2016, arXiv:1607.06450): a
+// warp or a block of four warps owns a row and holds the sum in registers. An index outside its table traps.
+#include "common/launch.cuh"
+#include "common/row_norm.cuh"
+
+namespace eet_patch::cuda {
+namespace {
+
+constexpr int kBlockWarps = 4;
+constexpr int kRowsPerBlock = 4;    // a warp each
+constexpr int kWarpMaxSize = 1024;
+constexpr int kFewRows = 256;
+
+template <typename T>
+struct EmbeddingParams {
+  T* out;
+  const T *word_weight, *position_weight, *token_type_weight, *norm_weight, *norm_bias;
+  const int64_t *input_ids, *position_ids, *token_type_ids;
+  int64_t rows, vocab_size, num_positions, num_token_types, position_count, token_type_count;
+  int size;
+  float word_scale, eps;
+};
+
+__device__ __forceinline__ int64_t checked_index(int64_t index, int64_t count) {
+  if (index < 0 || index >= count) __trap();
+  return index;
+}
+
+// Rows and vectors as in layernorm_kernel. Reads up to three table rows and writes one.
+template <typename T, int kWarps, int kVector>
+__global__ void __launch_bounds__(kBlockWarps* kWarpSize) embedding_kernel(const EmbeddingParams<T> p) {
+  __shared__ float shared[kWarps];
+  const int64_t row = kWarps > 1 ? int64_t(blockIdx.x) : int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarpSize;
+  if (row >= p.rows) return;
+  const T* word = p.word_weight + checked_index(p.input_ids[row], p.vocab_size) * p.size;
+  const T* position = nullptr;
+  if (p.position_weight != nullptr) {
+    position = p.position_weight + checked_index(p.position_ids[row % p.position_count], p.num_positions) * p.size;
+  }
+  const T* token_type = nullptr;
+  if (p.token_type_weight != nullptr) {
+    const int64_t type = p.token_type_ids != nullptr ? p.token_type_ids[row % p.token_type_count] : 0;
+    token_type = p.token_type_weight + checked_index(type, p.num_token_types) * p.size;
+  }
+  T* out = p.out + row * p.size;
+
+  auto load = [&](int column, float(&values)[kVector]) {
+    load_vector(word + column, values);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) values[i] *= p.word_scale;
+    scale_and_shift<kVector, T>(values, nullptr, token_type, column);
+    scale_and_shift<kVector, T>(values, nullptr, position, column);
+  };
+  if (p.norm_weight != nullptr) {
+    auto store = [&](int column, const float(&)[kVector], float(&normalised)[kVector]) {
+      scale_and_shift(normalised, p.norm_weight, p.norm_bias, column);
+      store_vector(out + column, normalised);
+    };
+    normalise_row<kWarps, kVector>(p.size, p.eps, shared, load, store);
+  } else {
+    const int first = (kWarps > 1 ? threadIdx.x : threadIdx.x % kWarpSize) * kVector;
+    for (int column = first; column < p.size; column += kWarps * kWarpSize * kVector) {
+      float values[kVector];
+      load(column, values);
+      store_vector(out + column, values);
+    }
+  }
+}
+
+template <typename T, int kVector>
+cudaError_t launch_rows(const EmbeddingParams<T>& p, cudaStream_t stream) {
+  LaunchConfig config;
+  config.stream = stream;
+  config.block = dim3(kBlockWarps * kWarpSize);
+  const bool warp_rows = p.size <= kWarpMaxSize && (p.rows > kFewRows || p.size <= kWarpSize * kVector);
+  config.grid = dim3(static_cast<unsigned>(warp_rows ? ceil_div(p.rows, kRowsPerBlock) : p.rows));
+  return warp_rows ? launch(config, embedding_kernel<T, 1, kVector>, p)
+                   : launch(config, embedding_kernel<T, kBlockWarps, kVector>, p);
+}
+
+template <typename T>
+cudaError_t launch_embedding(const EmbeddingArgs& args, cudaStream_t stream) {
+  if (args.rows == 0 || args.hidden_size == 0) return cudaSuccess;
+  EmbeddingParams<T> p;
+  p.out = static_cast<T*>(args.out);
+  p.word_weight = static_cast<const T*>(args.word_weight);
+  p.position_weight = static_cast<const T*>(args.position_weight);
+  p.token_type_weight = static_cast<const T*>(args.token_type_weight);
+  p.norm_weight = static_cast<const T*>(args.norm_weight);
+  p.norm_bias = static_cast<const T*>(args.norm_bias);
+  p.input_ids = args.input_ids;
+  p.position_ids = args.position_ids;
+  p.token_type_ids = args.token_type_ids;
+  p.rows = args.rows;
+  p.vocab_size = args.vocab_size;
+  p.num_positions = args.num_positions;
+  p.num_token_types = args.num_token_types;
+  p.position_count = args.position_count;
+  p.token_type_count = args.token_type_count;
+  p.size = static_cast<int>(args.hidden_size);
+  p.word_scale = args.word_scale;
+  p.eps = args.eps;
+  const bool vectors = args.hidden_size % kVectorSize<T> == 0 && is_aligned(args.out) &&
+                       is_aligned(args.word_weight) && is_aligned(args.position_weight) &&
+                       is_aligned(args.token_type_weight) && is_aligned(args.norm_weight) &&
+                       is_aligned(args.norm_bias);
+  return vectors ? launch_rows<T, kVectorSize<T>>(p, stream) : launch_rows<T, 1>(p, stream);
+}
+
+}  // namespace
+
+Status embedding(const EmbeddingArgs& args, const Context& context) {
+  return to_status(dispatch_dtype(args.dtype, [&](auto element) {
+    return launch_embedding<decltype(element)>(args, stream_of(context));
+  }));
+}
+
+}  // namespace eet_patch::cuda

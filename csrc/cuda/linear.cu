@@ -1,0 +1,218 @@
+// Products of few rows with a weight in place, in either order, up to three weights side by side, with layer norm before
+// and bias, activation and residual after. fp16 and bf16 of aligned sizes go to the tensor core kernel of
+// linear_mma.cuh; fp32 (never TF32) and sizes that 16-byte loads cannot serve go to the two plain FMA kernels here.
+#include <algorithm>
+
+#include "cuda/launchers.h"
+#include "cuda/linear_mma.cuh"
+
+namespace eet_patch::cuda {
+namespace {
+
+constexpr int kRowBlock = 8;          // rows of the batch that share one pass over the weights
+constexpr int kPlainWarps = 8;
+constexpr int kInOutWarps = 16;
+constexpr int kReservedShared = 1024 + 2 * kMaxSkinnyRows * 4;  // the driver's share of a block, and the statistics
+
+// (out, in) weights: a warp owns one output column and strides over k; the input comes through L1. Any sizes; kVector > 1
+// needs 16-byte aligned rows. Moves every weight once per kRowBlock rows.
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kPlainWarps* kWarpSize) linear_out_in_kernel(const LinearParams<T> p) {
+  __shared__ float means[kMaxSkinnyRows], scales[kMaxSkinnyRows];
+  release_dependents();
+  wait_for_predecessor();
+  const bool norm = p.norm_weight != nullptr;
+  if (norm) {
+    row_statistics<T, kVector>(p, means, scales);
+    __syncthreads();
+  }
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t column = int64_t(blockIdx.x) * kPlainWarps + threadIdx.x / kWarpSize;
+  if (column >= int64_t(p.num_weights) * p.out_features) return;
+  const int which = static_cast<int>(column / p.out_features), n = static_cast<int>(column % p.out_features);
+  const T* weight = p.weight(which) + int64_t(n) * p.in_features;
+
+  for (int first = 0; first < p.rows; first += kRowBlock) {
+    const int rows = min(kRowBlock, p.rows - first);
+    float sums[kRowBlock] = {};
+#pragma unroll 2
+    for (int k = lane * kVector; k < p.in_features; k += kWarpSize * kVector) {
+      float w[kVector];
+      load_vector(weight + k, w);
+#pragma unroll
+      for (int r = 0; r < kRowBlock; ++r) {
+        if (r < rows) {
+          float x[kVector];
+          load_vector(p.input + (first + r) * p.input_stride + k, x);
+          if (norm) {
+            apply_norm(p, x, k, means[first + r], scales[first + r]);
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) x[i] = to_float(from_float<T>(x[i]));
+          }
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) sums[r] = fmaf(x[i], w[i], sums[r]);
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRowBlock; ++r) {
+      if (r < rows) {
+        const float sum = warp_sum(sums[r]);
+        if (lane == r) finish_element(p, first + r, which, n, sum);
+      }
+    }
+  }
+}
+
+// (in, out) weights: a block owns 32 columns, a lane one of them, and its 16 warps split k; partial sums meet in shared
+// memory and are added in the order of the warps. Any sizes.
+template <typename T>
+__global__ void __launch_bounds__(kInOutWarps* kWarpSize) linear_in_out_kernel(const LinearParams<T> p) {
+  __shared__ float means[kMaxSkinnyRows], scales[kMaxSkinnyRows];
+  __shared__ float partial[kInOutWarps][kRowBlock][kWarpSize];
+  release_dependents();
+  wait_for_predecessor();
+  const bool norm = p.norm_weight != nullptr;
+  if (norm) {
+    row_statistics<T, 1>(p, means, scales);
+    __syncthreads();
+  }
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int tiles_per_weight = (p.out_features + kWarpSize - 1) / kWarpSize;
+  const int which = blockIdx.x / tiles_per_weight, column = (blockIdx.x % tiles_per_weight) * kWarpSize;
+  const int n = column + lane;
+  const T* weight = p.weight(which) + min(n, p.out_features - 1);
+
+  for (int first = 0; first < p.rows; first += kRowBlock) {
+    const int rows = min(kRowBlock, p.rows - first);
+    float sums[kRowBlock] = {};
+#pragma unroll 4
+    for (int k = warp; k < p.in_features; k += kInOutWarps) {
+      const float w = to_float(weight[int64_t(k) * p.out_features]);
+#pragma unroll
+      for (int r = 0; r < kRowBlock; ++r) {
+        if (r < rows) {
+          float x[1] = {to_float(p.input[(first + r) * p.input_stride + k])};
+          if (norm) {
+            apply_norm(p, x, k, means[first + r], scales[first + r]);
+            x[0] = to_float(from_float<T>(x[0]));
+          }
+          sums[r] = fmaf(x[0], w, sums[r]);
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRowBlock; ++r) partial[warp][r][lane] = sums[r];
+    __syncthreads();
+    if (warp < rows && n < p.out_features) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kInOutWarps; ++w) sum += partial[w][warp][lane];
+      finish_element(p, first + warp, which, n, sum);
+    }
+    __syncthreads();
+  }
+}
+
+template <typename T, int kRows, bool kInOut>
+cudaError_t launch_mma(const LinearParams<T>& p, LaunchConfig config) {
+  using Tile = LinearTile<kRows, kInOut>;
+  constexpr int kUnitK = Tile::kUnitSteps * Tile::kStepK;
+  const int multiprocessors = std::max(1, device_attribute(cudaDevAttrMultiProcessorCount));
+  const int max_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int tiles = static_cast<int>(ceil_div(p.out_features, Tile::kColumns)) * p.num_weights;
+
+  // (in, out) tiles are wide, so there are few of them: split K over a cluster until the chip is full.
+  int ranks = 1;
+  if (kInOut && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+    while (ranks < 8 && tiles * ranks < multiprocessors && p.in_features / (2 * ranks) >= 64) ranks *= 2;
+  }
+  const int k_per_rank = static_cast<int>(round_up(ceil_div(p.in_features, ranks), Tile::kWarpK));
+  const int64_t rank_bytes = ranks > 1 ? int64_t(p.rows) * Tile::kColumns * 4 : 0;
+  const int64_t row_bytes = (max_shared - kReservedShared - Tile::kSumBytes - rank_bytes) / p.rows;
+  const int64_t fitting = (row_bytes / int64_t(sizeof(T)) - Tile::kPad) / kUnitK * kUnitK;
+  if (fitting < kUnitK) return cudaErrorInvalidConfiguration;
+  const int panel_k = static_cast<int>(std::min<int64_t>(round_up(k_per_rank, kUnitK), fitting));
+
+  const int blocks = std::min(tiles, std::max(1, 2 * multiprocessors / ranks)) * ranks;
+  config.grid = dim3(static_cast<unsigned>(blocks));
+  config.block = dim3(kLinearThreads);
+  config.cluster_size = ranks;
+  config.shared_bytes = round_up(int64_t(p.rows) * (panel_k + Tile::kPad) * int64_t(sizeof(T)), 16) + Tile::kSumBytes +
+                        rank_bytes;
+  return launch(config, linear_mma_kernel<T, kRows, kInOut>, p, panel_k, k_per_rank);
+}
+
+template <typename T, bool kInOut>
+cudaError_t launch_mma_rows(const LinearParams<T>& p, const LaunchConfig& config) {
+  if (p.rows <= 8) return launch_mma<T, 8, kInOut>(p, config);
+  if (p.rows <= 16) return launch_mma<T, 16, kInOut>(p, config);
+  if (p.rows <= 32) return launch_mma<T, 32, kInOut>(p, config);
+  return launch_mma<T, 64, kInOut>(p, config);
+}
+
+}  // namespace
+
+template <typename T>
+cudaError_t launch_linear(const LinearArgs& args, cudaStream_t stream, bool chained) {
+  if (args.rows == 0 || args.out_features == 0 || args.num_weights == 0) return cudaSuccess;
+  LinearParams<T> p;
+  p.out = static_cast<T*>(args.out);
+  p.input = static_cast<const T*>(args.input);
+  const T* weights[3];
+  const T* biases[3];
+  bool aligned = is_aligned(args.input) && is_aligned(args.norm_weight) && is_aligned(args.norm_bias);
+  for (int i = 0; i < 3; ++i) {
+    const int from = i < args.num_weights ? i : 0;
+    weights[i] = static_cast<const T*>(args.weight[from]);
+    biases[i] = static_cast<const T*>(args.bias[from]);
+    aligned = aligned && is_aligned(weights[i]);
+  }
+  p.weight0 = weights[0], p.weight1 = weights[1], p.weight2 = weights[2];
+  p.bias0 = biases[0], p.bias1 = biases[1], p.bias2 = biases[2];
+  p.residual = static_cast<const T*>(args.residual);
+  p.norm_weight = static_cast<const T*>(args.norm_weight);
+  p.norm_bias = static_cast<const T*>(args.norm_bias);
+  p.input_stride = args.input_stride;
+  p.out_stride = args.out_stride;
+  p.rows = static_cast<int>(args.rows);
+  p.in_features = static_cast<int>(args.in_features);
+  p.out_features = static_cast<int>(args.out_features);
+  p.num_weights = args.num_weights;
+  p.norm_eps = args.norm_eps;
+  p.activation = args.activation;
+  aligned = aligned && args.in_features % kVectorSize<T> == 0 && args.input_stride % kVectorSize<T> == 0;
+
+  LaunchConfig config;
+  config.stream = stream;
+  config.chained = chained;
+  if constexpr (sizeof(T) == 2) {
+    if (aligned && args.in_features > 0 && (!args.in_out || args.out_features % kVectorSize<T> == 0)) {
+      return args.in_out ? launch_mma_rows<T, true>(p, config) : launch_mma_rows<T, false>(p, config);
+    }
+  }
+  if (args.in_out) {
+    config.grid = dim3(static_cast<unsigned>(ceil_div(args.out_features, kWarpSize) * args.num_weights));
+    config.block = dim3(kInOutWarps * kWarpSize);
+    return launch(config, linear_in_out_kernel<T>, p);
+  }
+  config.grid = dim3(static_cast<unsigned>(ceil_div(args.out_features * args.num_weights, kPlainWarps)));
+  config.block = dim3(kPlainWarps * kWarpSize);
+  if constexpr (sizeof(T) == 4) {
+    if (aligned) return launch(config, linear_out_in_kernel<T, kVectorSize<T>>, p);
+  }
+  return launch(config, linear_out_in_kernel<T, 1>, p);
+}
+
+template cudaError_t launch_linear<float>(const LinearArgs&, cudaStream_t, bool);
+template cudaError_t launch_linear<__half>(const LinearArgs&, cudaStream_t, bool);
+template cudaError_t launch_linear<__nv_bfloat16>(const LinearArgs&, cudaStream_t, bool);
+
+Status linear(const LinearArgs& args, const Context& context) {
+  if (args.rows > kMaxSkinnyRows) return Status{Status::kUnsupported};
+  return to_status(dispatch_dtype(args.dtype, [&](auto element) {
+    return launch_linear<decltype(element)>(args, stream_of(context), false);
+  }));
+}
+
+}  // namespace eet_patch::cuda

@@ -1,0 +1,1 @@
+"""One module per host layer: what it supports, and how its parameters, masks and caches become ours."""

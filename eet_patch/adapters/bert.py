@@ -1,0 +1,341 @@
+"""BertLayer and the layers that are BertLayer under another name, of transformers 4.56 to 5.23."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from eet_patch.adapters import kv_cache
+from eet_patch.adapters.host import (
+    NO_HOST_MASK,
+    HostMask,
+    activation_of,
+    attention_implementation,
+    attentions_reason,
+    dropout_reason,
+    host_mask,
+    is_recording_hook,
+    linear_reason,
+    norm_reason,
+    other_arguments_reason,
+    version_before,
+)
+from eet_patch.gates import submodule_reason
+from eet_patch.ops import launch
+from eet_patch.ops.attention import MAX_HEAD_DIM
+from eet_patch.ops.launch import Norm
+from eet_patch.patching import Adapter
+
+KNOWN = frozenset(
+    {"hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"}
+    | {"past_key_values", "output_attentions"}
+)
+
+
+class Plan(NamedTuple):
+    mask: HostMask
+    kv_len: int
+    causal: bool
+    crop: bool  # without a mask only the first q_len keys count, however long the cache
+    activation: str
+    cross_mask: HostMask | None
+
+
+class Classes(NamedTuple):
+    """The host's classes of one family, by the roles they play in BertLayer."""
+
+    layer: str
+    attention: type
+    self_attentions: tuple[type, ...]
+    cross_attentions: tuple[type, ...]
+    self_output: type
+    intermediate: type
+    output: type
+
+
+def _classes(cls: type) -> Classes:
+    module = sys.modules[cls.__module__]
+    prefix = cls.__name__.removesuffix("Layer")
+
+    def existing(*names: str) -> tuple[type, ...]:
+        found = (getattr(module, prefix + name, None) for name in names)
+        return tuple(c for c in found if c is not None)
+
+    own = existing("SelfAttention", "SdpaSelfAttention")
+    return Classes(
+        cls.__name__,
+        *existing("Attention"),
+        own,
+        # Before 5.0 one class served both kinds of attention.
+        existing("CrossAttention") or own,
+        *existing("SelfOutput", "Intermediate", "Output"),
+    )
+
+
+def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
+    classes = _classes(cls)
+    before_5 = version_before("5.0")
+
+    def plan(layer: Any, arguments: dict[str, Any]) -> Plan | str:
+        reason = other_arguments_reason(arguments, KNOWN) or attentions_reason(arguments)
+        if reason is not None:
+            return reason
+        hidden_states = arguments["hidden_states"]
+        if hidden_states.dim() != 3:
+            return f"the input has {hidden_states.dim()} dimensions"
+        if "feed_forward_chunk" in layer.__dict__:
+            return "feed_forward_chunk was replaced"
+        modules = layer._modules
+        attention, intermediate, output = (
+            modules["attention"],
+            modules["intermediate"],
+            modules["output"],
+        )
+        batch, q_len, _ = hidden_states.shape
+        reason = _attention_reason(attention, classes, classes.self_attentions, hidden_states)
+        reason = reason or _feed_forward_reason(intermediate, output, classes, hidden_states)
+        if reason is not None:
+            return reason
+        own = attention._modules["self"]
+        activation = activation_of(intermediate.intermediate_act_fn)
+        if activation is None:
+            kind = type(intermediate.intermediate_act_fn).__name__
+            return f"there is no kernel for the activation {kind}"
+        implementation = _implementation(own, before_5)
+        if " " in implementation:
+            return implementation
+        past, kv_len = arguments.get("past_key_values"), q_len
+        if past is not None:
+            cache = kv_cache.self_attention_cache(past)
+            kv_len = kv_cache.kv_length(cache, own.layer_idx, q_len)
+            if type(kv_len) is str:
+                return kv_len
+        given = arguments.get("attention_mask")
+        mask = host_mask(given, hidden_states, (batch, own.num_attention_heads, q_len, kv_len))
+        if type(mask) is str:
+            return mask
+        decoder = own.is_decoder if before_5 else own.is_causal
+        causal = decoder and q_len > 1 and given is None and implementation != "eager"
+        crop = causal and implementation == "sdpa"
+        if implementation == "flash":
+            causal = decoder and q_len > 1
+        cross_mask = None
+        if layer.is_decoder and arguments.get("encoder_hidden_states") is not None:
+            cross_mask = _cross_plan(layer, arguments, classes, hidden_states)
+            if type(cross_mask) is str:
+                return cross_mask
+        return Plan(mask, kv_len, causal, crop, activation, cross_mask)
+
+    def forward(plan: Plan, layer: Any, arguments: dict[str, Any]) -> Any:
+        modules = layer._modules
+        attention = modules["attention"]._modules
+        own, dense, norm = _parts(attention)
+        query, key, value = (own._modules[n]._parameters for n in ("query", "key", "value"))
+        hidden_states = arguments["hidden_states"]
+        past = arguments.get("past_key_values")
+        buffers = update_kv = None
+        if past is not None:
+            cache = kv_cache.self_attention_cache(past)
+            dynamic = kv_cache.dynamic_layer(cache, own.layer_idx)
+            batch, q_len, _ = hidden_states.shape
+            if dynamic is not None and not (plan.crop and kv_cache.filled(dynamic)):
+                shape = (batch, own.num_attention_heads, q_len, own.attention_head_size)
+                buffers = kv_cache.append_in_place(dynamic, hidden_states, shape)
+            if buffers is None:
+                update_kv = kv_cache.updater(cache, own.layer_idx, arguments, plan.kv_len)
+                if plan.crop:
+                    update_kv = kv_cache.cropped(update_kv, q_len)
+        hidden_states = launch.attention_block(
+            hidden_states,
+            (query["weight"], key["weight"], value["weight"]),
+            (query["bias"], key["bias"], value["bias"]),
+            dense["weight"],
+            dense["bias"],
+            False,
+            own.num_attention_heads,
+            own.attention_head_size**-0.5,
+            norm,
+            mask=plan.mask.form,
+            causal=plan.causal,
+            cache=buffers,
+            update_kv=update_kv,
+        )
+        if plan.cross_mask is not None:
+            hidden_states = _cross_attention(plan.cross_mask, layer, hidden_states, arguments)
+        fc1 = modules["intermediate"]._modules["dense"]._parameters
+        output = modules["output"]._modules
+        fc2 = output["dense"]._parameters
+        hidden_states = launch.ffn(
+            hidden_states,
+            fc1["weight"],
+            fc1["bias"],
+            fc2["weight"],
+            fc2["bias"],
+            False,
+            plan.activation,
+            _norm(output["LayerNorm"]),
+        )
+        if not before_5:
+            return hidden_states
+        # The weights of each attention, which nobody asked for.
+        return (hidden_states, None) if plan.cross_mask is None else (hidden_states, None, None)
+
+    return Adapter(plan, forward)
+
+
+def _norm(module: nn.LayerNorm) -> Norm:
+    parameters = module._parameters
+    return Norm("post", parameters["weight"], parameters["bias"], module.eps)
+
+
+def _parts(attention: dict[str, Any]) -> tuple[Any, dict[str, Any], Norm]:
+    """The inner attention, the parameters of the output projection and the norm of a BertAttention."""
+    output = attention["output"]._modules
+    return attention["self"], output["dense"]._parameters, _norm(output["LayerNorm"])
+
+
+def _implementation(own: Any, before_5: bool) -> str:
+    if not before_5:
+        return attention_implementation(own.config)
+    # Before 5.0 the class says which attention it is, and relative positions stand in it.
+    if own.position_embedding_type != "absolute":
+        return f"positions are {own.position_embedding_type}"
+    return "sdpa" if "Sdpa" in type(own).__name__ else "eager"
+
+
+def _attention_reason(
+    attention: Any, classes: Classes, inner: tuple[type, ...], like: Tensor
+) -> str | None:
+    reason = submodule_reason(attention, classes.attention)
+    if reason is not None:
+        return reason
+    own, output = attention._modules["self"], attention._modules["output"]
+    kind = type(own) if type(own) in inner else inner[0]
+    hidden_size = like.shape[-1]
+    modules, out = own._modules, output._modules
+    reason = submodule_reason(own, kind, is_recording_hook) or submodule_reason(
+        output, classes.self_output
+    )
+    if reason is not None:
+        return reason
+    if own.num_attention_heads * own.attention_head_size != hidden_size:
+        return f"heads were pruned, or the input's hidden size {hidden_size} is another"
+    if own.attention_head_size > MAX_HEAD_DIM:
+        return f"there is no kernel for a head size of {own.attention_head_size}"
+    for linear in (modules["query"], modules["key"], modules["value"], out["dense"]):
+        reason = submodule_reason(linear, nn.Linear) or linear_reason(
+            linear, like, hidden_size, hidden_size
+        )
+        if reason is not None:
+            return reason
+    return (
+        submodule_reason(out["LayerNorm"], nn.LayerNorm)
+        or norm_reason(out["LayerNorm"], like, hidden_size)
+        or submodule_reason(modules["dropout"], nn.Dropout)
+        or submodule_reason(out["dropout"], nn.Dropout)
+        or dropout_reason(own, modules["dropout"].p, out["dropout"].p)
+    )
+
+
+def _feed_forward_reason(
+    intermediate: Any, output: Any, classes: Classes, like: Tensor
+) -> str | None:
+    hidden_size = like.shape[-1]
+    reason = submodule_reason(intermediate, classes.intermediate) or submodule_reason(
+        output, classes.output
+    )
+    if reason is not None:
+        return reason
+    fc1, out = intermediate._modules["dense"], output._modules
+    weight = fc1._parameters.get("weight")
+    inner = weight.shape[0] if weight is not None and weight.dim() == 2 else 0
+    act = intermediate._modules.get("intermediate_act_fn")
+    return (
+        submodule_reason(fc1, nn.Linear)
+        or linear_reason(fc1, like, hidden_size, inner)
+        or submodule_reason(out["dense"], nn.Linear)
+        or linear_reason(out["dense"], like, inner, hidden_size)
+        or submodule_reason(out["LayerNorm"], nn.LayerNorm)
+        or norm_reason(out["LayerNorm"], like, hidden_size)
+        or submodule_reason(out["dropout"], nn.Dropout)
+        or dropout_reason(output, out["dropout"].p)
+        or (submodule_reason(act, type(act)) if act is not None else None)
+    )
+
+
+def _cross_plan(
+    layer: Any, arguments: dict[str, Any], classes: Classes, like: Tensor
+) -> HostMask | str:
+    cross = layer._modules.get("crossattention")
+    if cross is None:
+        return "the layer has no cross-attention (the original raises the error)"
+    encoder = arguments["encoder_hidden_states"]
+    if type(encoder) is not Tensor or encoder.dtype != like.dtype or encoder.device != like.device:
+        return "encoder_hidden_states differ from the input in type, dtype or device"
+    if encoder.dim() != 3 or encoder.shape[0] != like.shape[0] or encoder.shape[2] != like.shape[2]:
+        return f"encoder_hidden_states have shape {tuple(encoder.shape)}"
+    if not encoder.is_contiguous():
+        return "encoder_hidden_states are not contiguous"
+    reason = _attention_reason(cross, classes, classes.cross_attentions, like)
+    if reason is not None:
+        return reason
+    own, past = cross._modules["self"], arguments.get("past_key_values")
+    if past is not None:
+        if type(past).__name__ != "EncoderDecoderCache":
+            return f"cross-attention with a {type(past).__name__}"
+        if past.is_updated.get(own.layer_idx):
+            reason = kv_cache.kept_reason(
+                past, own.layer_idx, like, encoder.shape[1], own.attention_head_size
+            )
+            if reason is not None:
+                return reason
+    given = arguments.get("encoder_attention_mask")
+    if given is None:
+        return NO_HOST_MASK
+    sizes = (like.shape[0], own.num_attention_heads, like.shape[1], encoder.shape[1])
+    return host_mask(given, like, sizes)
+
+
+def _cross_attention(
+    mask: HostMask, layer: Any, hidden_states: Tensor, arguments: dict[str, Any]
+) -> Tensor:
+    own, dense, norm = _parts(layer._modules["crossattention"]._modules)
+    encoder, past = arguments["encoder_hidden_states"], arguments.get("past_key_values")
+    batch, kv_len, hidden_size = encoder.shape
+    query, key, value = (own._modules[n]._parameters for n in ("query", "key", "value"))
+    if past is not None and past.is_updated.get(own.layer_idx):
+        kept = past.cross_attention_cache.layers[own.layer_idx]
+        keys, values = kept.keys, kept.values
+    else:
+        pair = launch.project_kv(
+            encoder.view(batch * kv_len, hidden_size),
+            (key["weight"], value["weight"]),
+            (key["bias"], value["bias"]),
+            False,
+        )
+        keys, values = (
+            t.unflatten(0, (batch, kv_len))
+            .unflatten(2, (own.num_attention_heads, -1))
+            .transpose(1, 2)
+            for t in pair
+        )
+        if past is not None:
+            keys, values = past.cross_attention_cache.update(keys, values, own.layer_idx)
+            past.is_updated[own.layer_idx] = True
+    return launch.cross_attention_block(
+        hidden_states,
+        (query["weight"],),
+        (query["bias"],),
+        keys,
+        values,
+        dense["weight"],
+        dense["bias"],
+        False,
+        own.num_attention_heads,
+        own.attention_head_size**-0.5,
+        norm,
+        mask=mask.form,
+    )

@@ -1,0 +1,205 @@
+"""transformers' caches: written in place where they allow it, through their own `update` everywhere else.
+
+A DynamicCache concatenates: every step copies all keys and values of every layer. We give its layers tensors that are
+views of a buffer with room behind them and write the new tokens there. A `_Room` remembers how much of the buffer is
+taken: a second sequence that continues from the same past finds the room taken and gets a copy, as concatenation gives.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eet_patch import reporting
+from eet_patch.ops.launch import KVCache, UpdateKV
+
+BLOCK = 64  # tokens by which a buffer grows at least
+_ATTRIBUTE = "_eet_patch_room"
+_lock = threading.Lock()
+_rooms: weakref.WeakSet[_Room] = weakref.WeakSet()
+
+
+class _Room:
+    """A pair of buffers (batch, num_heads, capacity, head_dim) and how many of their tokens are taken."""
+
+    __slots__ = ("__weakref__", "key", "taken", "value")
+
+    def __init__(self, key: Tensor, value: Tensor, taken: int) -> None:
+        self.key, self.value, self.taken = key, value, taken
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None  # a copied cache starts with buffers of its own
+
+    def __reduce__(self) -> Any:
+        return (_no_room, ())
+
+    def spare_bytes(self) -> int:
+        batch, heads, capacity, head_dim = self.key.shape
+        return 2 * batch * heads * (capacity - self.taken) * head_dim * self.key.element_size()
+
+
+def _no_room() -> None:
+    return None
+
+
+def spare_bytes() -> int:
+    """Bytes of all buffers behind caches that hold no token yet."""
+    return sum(room.spare_bytes() for room in list(_rooms))
+
+
+reporting.MEMORY["room behind KV caches"] = spare_bytes
+
+
+def self_attention_cache(past_key_values: Any) -> Any:
+    """The part of a cache that holds the decoder's own keys and values."""
+    if type(past_key_values).__name__ == "EncoderDecoderCache":
+        return past_key_values.self_attention_cache
+    return past_key_values
+
+
+def dynamic_layer(cache: Any, layer_idx: int) -> Any:
+    """The DynamicLayer that `update` would concatenate to, or None where `update` does something else."""
+    if (
+        type(cache).__name__ != "DynamicCache"
+        or type(cache).__module__ != "transformers.cache_utils"
+    ):
+        return None
+    layers = cache.layers
+    if cache.offloading or layer_idx is None or layer_idx >= len(layers):
+        return None
+    layer = layers[layer_idx]
+    if type(layer).__name__ != "DynamicLayer" or "update" in vars(layer):
+        return None
+    return layer
+
+
+def kv_length(cache: Any, layer_idx: int, q_len: int) -> int | str:
+    """How many keys `update` will return for q_len new tokens, or why that can't be told."""
+    kind = type(cache)
+    if kind.__module__ != "transformers.cache_utils" or "update" in vars(cache):
+        return f"the cache is a {kind.__name__}, which is not one of transformers' own"
+    if layer_idx is None:
+        return "the layer has no index in the cache"
+    layers = cache.layers
+    if layer_idx >= len(layers):
+        replicated = getattr(cache.layer_class_to_replicate, "__name__", None)
+        return q_len if replicated == "DynamicLayer" else f"the cache has no layer {layer_idx}"
+    layer = layers[layer_idx]
+    name = type(layer).__name__
+    if name == "DynamicLayer":
+        return (layer.keys.shape[-2] if filled(layer) else 0) + q_len
+    if name == "StaticLayer":
+        return layer.max_cache_len
+    if any(
+        base.__name__ in ("QuantizedLayer", "BaseQuantizedLayer") for base in type(layer).__mro__
+    ):
+        return layer.get_seq_length() + q_len
+    return f"the cache layer is a {name}"
+
+
+def filled(layer: Any) -> bool:
+    return layer.is_initialized and layer.keys is not None and layer.keys.numel() > 0
+
+
+def append_in_place(layer: Any, like: Tensor, shape: tuple[int, int, int, int]) -> KVCache | None:
+    """Gives a DynamicLayer room for q_len more tokens and makes them part of it; the caller writes them at past_len.
+
+    Args:
+        layer: from `dynamic_layer`.
+        like: the layer's input, for dtype and device.
+        shape: (batch, num_heads, q_len, head_dim) of the new keys.
+    Returns:
+        The buffers, or None if the cache holds something of another shape, dtype or device.
+    """
+    batch, num_heads, q_len, head_dim = shape
+    past_len, keys, values = 0, None, None
+    if filled(layer):
+        keys, values = layer.keys, layer.values
+        past_len = keys.shape[-2]
+        wanted = (batch, num_heads, past_len, head_dim)
+        if keys.shape != wanted or values.shape != wanted:
+            return None
+        for tensor in (keys, values):
+            if (
+                tensor.dtype != like.dtype
+                or tensor.device != like.device
+                or type(tensor) is not Tensor
+            ):
+                return None
+    elif not layer.is_initialized:
+        empty = like.new_empty(batch, num_heads, 0, head_dim)
+        try:
+            layer.lazy_initialization(empty, empty)
+        except TypeError:  # before 5.0 it took the keys alone
+            layer.lazy_initialization(empty)
+    end = past_len + q_len
+    room = getattr(keys, _ATTRIBUTE, None) if keys is not None else None
+    with _lock:
+        free = (
+            room is not None
+            and room.taken == past_len
+            and end <= room.key.shape[2]
+            and room.key.data_ptr() == keys.data_ptr()  # type: ignore[union-attr]
+            and room.value.data_ptr() == values.data_ptr()  # type: ignore[union-attr]
+            and getattr(values, _ATTRIBUTE, None) is room
+        )
+        if free:
+            room.taken = end
+    if not free:
+        capacity = -(-max(end + 1, end + end // 8) // BLOCK) * BLOCK
+        key = torch.empty(
+            (batch, num_heads, capacity, head_dim), dtype=like.dtype, device=like.device
+        )
+        value = torch.empty_like(key)
+        if past_len:
+            key[:, :, :past_len].copy_(keys)
+            value[:, :, :past_len].copy_(values)
+        room = _Room(key, value, end)
+        _rooms.add(room)
+    layer.keys, layer.values = room.key[:, :, :end], room.value[:, :, :end]
+    setattr(layer.keys, _ATTRIBUTE, room)
+    setattr(layer.values, _ATTRIBUTE, room)
+    return KVCache(room.key, room.value, past_len)
+
+
+def updater(cache: Any, layer_idx: int, arguments: dict[str, Any], kv_len: int) -> UpdateKV:
+    """`cache.update` as the host would call it, once; kv_len is the length that the mask was read for."""
+    extra = (
+        ({"cache_position": arguments["cache_position"]},) if "cache_position" in arguments else ()
+    )
+
+    def update(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = cache.update(key, value, layer_idx, *extra)
+        if key.shape[2] != kv_len or value.shape[2] != kv_len:
+            raise RuntimeError(
+                f"{type(cache).__name__}.update returned {key.shape[2]} keys where {kv_len} were expected"
+            )
+        return key, value
+
+    return update
+
+
+def kept_reason(past: Any, layer_idx: int, like: Tensor, kv_len: int, head_dim: int) -> str | None:
+    """Why the cross-attention keys and values that an EncoderDecoderCache keeps can't be read, or None."""
+    layer = past.cross_attention_cache.layers[layer_idx]
+    for tensor in (layer.keys, layer.values):
+        if type(tensor) is not Tensor or tensor.dtype != like.dtype or tensor.device != like.device:
+            return "the kept cross-attention keys differ from the input in type, dtype or device"
+        shape = (like.shape[0], like.shape[2] // head_dim, kv_len, head_dim)
+        if tensor.shape != shape or tensor.stride(3) != 1:
+            return f"the kept cross-attention keys have shape {tuple(tensor.shape)}, not {shape}"
+    return None
+
+
+def cropped(update_kv: UpdateKV, q_len: int) -> UpdateKV:
+    """The same update, of whose keys and values the first q_len count."""
+
+    def update(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = update_kv(key, value)
+        return key[:, :, :q_len], value[:, :, :q_len]
+
+    return update

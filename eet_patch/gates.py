@@ -1,0 +1,96 @@
+"""What every replaced call must satisfy, whatever the layer: the reasons that no adapter has to think of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from eet_patch.ops._extension import DTYPE_CODES, HAS_CUDA
+
+_HOOK_DICTS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+
+
+def call_reason(layer: nn.Module, cls: type, arguments: dict[str, Any]) -> str | None:
+    """Why this call of `layer` can't be replaced, or None. The first argument is the layer's input."""
+    if type(layer) is not cls:
+        return f"{type(layer).__name__} is a subclass of {cls.__name__}"
+    hidden_states = arguments.get("hidden_states")
+    if type(hidden_states) is not Tensor:
+        return f"the input is a {type(hidden_states).__name__}, not a torch.Tensor"
+    if hidden_states.dtype not in DTYPE_CODES:
+        return f"there is no kernel for {hidden_states.dtype}"
+    device = hidden_states.device.type
+    if device != "cpu" and not (device == "cuda" and HAS_CUDA):
+        return f"there is no kernel for the device {device}"
+    if not hidden_states.is_contiguous():
+        return "the input is not contiguous"
+    if torch.is_autocast_enabled(device):
+        return "autocast is on"
+    if torch.jit.is_tracing():
+        return "the call is being traced"
+    if _dispatch_modes() or _functorch_level() is not None:
+        return "a torch dispatch mode or function transform is active"
+    if torch.is_grad_enabled() and needs_gradients(layer, arguments):
+        return "gradients are needed"
+    if (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    ):
+        return "hooks on all modules are registered"
+    return None
+
+
+def needs_gradients(layer: nn.Module, arguments: dict[str, Any]) -> bool:
+    for value in arguments.values():
+        if isinstance(value, Tensor) and value.requires_grad:
+            return True
+    return any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def submodule_reason(module: Any, cls: type, ignorable_hook: Any = None) -> str | None:
+    """Why a submodule may not be skipped by fusion: another type, hooks, or a forward of its own.
+
+    `ignorable_hook(hook)` tells a forward hook that does nothing in this call.
+    """
+    if type(module) is not cls:
+        return f"a submodule is a {type(module).__name__}, not a {cls.__name__}"
+    state = module.__dict__
+    if "forward" in state:
+        return f"the forward of a submodule ({cls.__name__}) was replaced"
+    for name in _HOOK_DICTS:
+        hooks = state[name]
+        if hooks:
+            if ignorable_hook is not None and name == "_forward_hooks":
+                if all(map(ignorable_hook, hooks.values())):
+                    continue
+            return f"a submodule ({cls.__name__}) has hooks, which fusion would skip"
+    return None
+
+
+def parameter_reason(parameter: Any, like: Tensor, shape: tuple[int, ...]) -> str | None:
+    """Why a parameter can't be read in place, or None."""
+    if not isinstance(parameter, Tensor):
+        return "a parameter is missing"
+    if type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
+        return f"a parameter is a {type(parameter).__name__}"
+    if parameter.dtype != like.dtype:
+        return f"a parameter is {parameter.dtype} and the input {like.dtype}"
+    if parameter.device != like.device:
+        return f"a parameter is on {parameter.device} and the input on {like.device}"
+    if parameter.shape != shape:
+        return f"a parameter has shape {tuple(parameter.shape)}, not {shape}"
+    if not parameter.is_contiguous():
+        return "a parameter is not contiguous"
+    return None

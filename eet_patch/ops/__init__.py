@@ -1,0 +1,29 @@
+"""The op-level API: functions over tensors and the caller's own weights."""
+
+from eet_patch.ops.attention import (
+    attention,
+    cross_multi_head_attention,
+    masked_multi_head_attention,
+    multi_head_attention,
+)
+from eet_patch.ops.elementwise import (
+    bias_activation,
+    bias_residual_layernorm,
+    embedding,
+    layernorm,
+)
+from eet_patch.ops.feed_forward import ffn
+from eet_patch.ops.products import linear
+
+__all__ = [
+    "attention",
+    "bias_activation",
+    "bias_residual_layernorm",
+    "cross_multi_head_attention",
+    "embedding",
+    "ffn",
+    "layernorm",
+    "linear",
+    "masked_multi_head_attention",
+    "multi_head_attention",
+]

@@ -1,0 +1,386 @@
+"""The engine: swaps methods of host classes for calls into the extension, and puts the very objects back.
+
+It names no model: `targets.py` lists what is replaced. A target's module is watched by a post-import hook, so that
+`enable()` may come before or after the host's import. The swapped-in method is a plain function that ends in the
+original whenever the call is not one that the kernels support; every such end is counted with its reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import itertools
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+import wrapt
+from packaging.requirements import Requirement
+
+from eet_patch.gates import call_reason
+from eet_patch.ops._extension import EXTENSION, EXTENSION_ERROR
+
+
+class FallbackError(RuntimeError):
+    """Raised under `enable(strict=True)` where a call would have run the original code."""
+
+
+class PatchWarning(UserWarning):
+    """Something that a user of the patch should know: a version left alone, a remedy for a slow call."""
+
+
+@dataclass(frozen=True)
+class PatchTarget:
+    """One method of a host class and what stands in for it.
+
+    Attributes:
+        name: what `enable(only=..., exclude=...)` and the report call it.
+        module: where the method is defined, as "transformers.models.bert.modeling_bert".
+        attribute: "Class.method".
+        requires: host versions that the adapter was tested with, as "transformers>=4.56,<5.24".
+        adapter: makes the pair (plan, forward) for the class when the patch is installed; see `Adapter`.
+    """
+
+    name: str
+    module: str
+    attribute: str
+    requires: str
+    adapter: Callable[[type, Callable[..., Any]], Adapter]
+
+    @property
+    def host(self) -> str:
+        return Requirement(self.requires).name
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Two functions over a layer and its call, the call's arguments bound to the names of the original's parameters.
+
+    Attributes:
+        plan: (layer, arguments) -> the reason, as text, why this call runs the original; or whatever `forward` needs.
+        forward: (plan, layer, arguments) -> what the original would return.
+    """
+
+    plan: Callable[[Any, dict[str, Any]], Any]
+    forward: Callable[[Any, Any, dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    strict: bool = False
+    only: frozenset[str] | None = None
+    exclude: frozenset[str] = frozenset()
+
+    def selects(self, target: PatchTarget) -> bool:
+        return target.name not in self.exclude and (self.only is None or target.name in self.only)
+
+
+@dataclass
+class Patch:
+    """The state of one target. `active` is read by the installed function on every call."""
+
+    target: PatchTarget
+    status: str = "waiting for the import of its module"
+    active: bool = False
+    strict: bool = False
+    cls: type | None = None
+    original: Any = None  # the very object that stood in the class, or None where it was inherited
+    inherited: bool = False
+    installed: Any = None
+    host_version: str | None = None
+    replaced: Iterator[int] = field(default_factory=itertools.count)
+    fallbacks: dict[str, int] = field(default_factory=dict)
+
+    def calls_replaced(self) -> int:
+        # itertools.count is the one counter whose increment other threads can't split; its value shows in its repr.
+        return int(repr(self.replaced)[6:-1])
+
+
+_lock = threading.RLock()
+_patches: dict[str, Patch] = {}
+_order: list[Patch] = []  # as installed; undone in reverse
+_hooked_modules: set[str] = set()
+_explicit: Options | None = None
+_scopes: list[tuple[object, Options]] = []
+_warned: set[str] = set()
+
+
+def warn_once(key: str, message: str) -> None:
+    with _lock:
+        if key in _warned:
+            return
+        _warned.add(key)
+    warnings.warn(message, PatchWarning, stacklevel=3)
+
+
+def register_targets(targets: tuple[PatchTarget, ...]) -> None:
+    for target in targets:
+        _patches[target.name] = Patch(target)
+
+
+def patches() -> list[Patch]:
+    return list(_patches.values())
+
+
+def reset_counters() -> None:
+    with _lock:
+        for patch in _patches.values():
+            patch.replaced = itertools.count()
+            patch.fallbacks = {}
+
+
+# --- turning it on and off ---------------------------------------------------------------------------------------
+
+
+def _options(strict: bool, only: Any, exclude: Any) -> Options:
+    def names(value: Any, argument: str) -> frozenset[str]:
+        chosen = frozenset((value,) if isinstance(value, str) else value)
+        unknown = sorted(map(str, chosen - set(_patches)))
+        if unknown:
+            raise ValueError(
+                f"{argument} must name targets out of {', '.join(_patches)}; got {', '.join(unknown)}"
+            )
+        return chosen
+
+    return Options(
+        bool(strict), None if only is None else names(only, "only"), names(exclude, "exclude")
+    )
+
+
+def enable(strict: bool, only: Any, exclude: Any) -> None:
+    global _explicit
+    options = _options(strict, only, exclude)
+    with _lock:
+        _explicit = options
+        _refresh()
+
+
+def disable() -> None:
+    global _explicit
+    with _lock:
+        _explicit = None
+        _scopes.clear()
+        _refresh()
+
+
+@contextmanager
+def enabled(strict: bool, only: Any, exclude: Any) -> Iterator[None]:
+    entry = (object(), _options(strict, only, exclude))
+    with _lock:
+        _scopes.append(entry)
+        _refresh()
+    try:
+        yield
+    finally:
+        with _lock:
+            if entry in _scopes:  # not if disable() was called inside
+                _scopes.remove(entry)
+            _refresh()
+
+
+def is_enabled() -> bool:
+    return _explicit is not None or bool(_scopes)
+
+
+def _refresh() -> None:
+    """Brings every patch in line with the options in force."""
+    options = _scopes[-1][1] if _scopes else _explicit
+    for patch in reversed(_order.copy()):
+        if options is None or not options.selects(patch.target):
+            _uninstall(patch)
+    if options is None:
+        return
+    if EXTENSION is None:
+        for patch in _patches.values():
+            patch.status = f"not applied: the extension could not be loaded ({EXTENSION_ERROR})"
+        warn_once(
+            "extension",
+            f"the compiled part of eet_patch could not be loaded ({EXTENSION_ERROR}); models run unpatched",
+        )
+        return
+    for patch in _patches.values():
+        if not options.selects(patch.target):
+            if patch.cls is None:
+                patch.status = "not selected by enable(only=..., exclude=...)"
+            continue
+        patch.strict = options.strict
+        if not patch.active and patch.cls is None:
+            patch.status = "waiting for the import of its module"
+        module = patch.target.module
+        if module not in _hooked_modules:
+            _hooked_modules.add(module)
+            # Can't be unregistered; fires at once if the module is there already.
+            wrapt.register_post_import_hook(_module_imported, module)
+        elif module in sys.modules:
+            _module_imported(sys.modules[module])
+
+
+def _module_imported(module: ModuleType) -> None:
+    # An exception in here would break the user's import.
+    try:
+        with _lock:
+            options = _scopes[-1][1] if _scopes else _explicit
+            if options is None:
+                return
+            for patch in _patches.values():
+                if patch.target.module == module.__name__ and options.selects(patch.target):
+                    _install(patch, module)
+    except Exception as error:
+        warn_once(
+            f"install {module.__name__}",
+            f"eet_patch could not patch {module.__name__} ({type(error).__name__}: {error}); it runs unpatched",
+        )
+
+
+def retry_half_imported() -> None:
+    """Installs what could not be installed because its module was still being imported."""
+    with _lock:
+        if is_enabled() and EXTENSION is not None:
+            for patch in _patches.values():
+                module = sys.modules.get(patch.target.module)
+                if module is not None and not patch.active and patch.status.startswith("waiting"):
+                    _module_imported(module)
+
+
+# --- one patch ---------------------------------------------------------------------------------------------------
+
+
+def _install(patch: Patch, module: ModuleType) -> None:
+    if patch.active:
+        return
+    target = patch.target
+    requirement = Requirement(target.requires)
+    patch.host_version = _version(requirement.name, module)
+    if patch.host_version is None or not requirement.specifier.contains(
+        patch.host_version, prereleases=True
+    ):
+        patch.status = f"not applied: {requirement.name} {patch.host_version} is not in {requirement.specifier}"
+        warn_once(
+            f"version {requirement.name}",
+            f"eet_patch supports {target.requires}, and leaves {requirement.name} {patch.host_version} alone",
+        )
+        return
+    class_name, _, method = target.attribute.partition(".")
+    cls = getattr(module, class_name, None)
+    current = inspect.getattr_static(cls, method, None) if cls is not None else None
+    if cls is None or current is None:
+        initializing = getattr(getattr(module, "__spec__", None), "_initializing", False)
+        patch.status = (
+            "waiting: its module is only half imported"
+            if initializing
+            else f"not applied: {target.module} has no {target.attribute}"
+        )
+        return
+    if patch.installed is not None and patch.cls is cls and current is not patch.original:
+        # Disabled while somebody else's wrapper stood over ours: ours is still beneath it.
+        _activate(patch)
+        return
+    own = vars(cls).get(method)
+    patch.cls, patch.original, patch.inherited = cls, own, own is None
+    inner = _beneath_init_subclass(current)
+    adapter = target.adapter(cls, inner)
+    replacement = _make_forward(patch, cls, inner, adapter)
+    setattr(cls, method, replacement)
+    if inner is not current:
+        super(cls, cls).__init_subclass__()  # type: ignore[misc]
+    patch.installed = vars(cls)[method]
+    _activate(patch)
+    if patch not in _order:
+        _order.append(patch)
+
+
+def _activate(patch: Patch) -> None:
+    patch.active = True
+    patch.status = "applied"
+
+
+def _uninstall(patch: Patch) -> None:
+    patch.active = False
+    patch.status = "removed"
+    method = patch.target.attribute.partition(".")[2]
+    assert patch.cls is not None
+    if vars(patch.cls).get(method) is not patch.installed:
+        # Somebody wrapped ours since: it stays, and hands every call to the original.
+        patch.status = "inactive beneath another patch of the same method"
+        return
+    if patch.inherited:
+        delattr(patch.cls, method)
+    else:
+        setattr(patch.cls, method, patch.original)
+    patch.cls = patch.original = patch.installed = None
+    _order.remove(patch)
+
+
+def _beneath_init_subclass(method: Any) -> Any:
+    """The method as its class wrote it, where the parent's __init_subclass__ has wrapped it.
+
+    transformers >= 5.23 wraps `forward` of its checkpointed layers so, and compares identity: a function set over the
+    wrapper would turn gradient checkpointing off. The replacement goes beneath, and the parent wraps again.
+    """
+    code = getattr(method, "__code__", None)
+    if code is not None and ".__init_subclass__.<locals>." in code.co_qualname:
+        return getattr(method, "__wrapped__", method)
+    return method
+
+
+def _version(host: str, module: ModuleType) -> str | None:
+    root = sys.modules.get(module.__name__.partition(".")[0])
+    version = getattr(root, "__version__", None)
+    if isinstance(version, str):
+        return version
+    try:
+        return importlib.metadata.version(host)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _make_forward(
+    patch: Patch, cls: type, original: Callable[..., Any], adapter: Adapter
+) -> Callable[..., Any]:
+    names = tuple(inspect.signature(original).parameters)[1:]
+    plan_call, run_call = adapter.plan, adapter.forward
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # First, and without touching a counter: a graph that is being compiled must see the original alone.
+        if torch.compiler.is_compiling() or not patch.active:
+            return original(self, *args, **kwargs)
+        arguments = dict(zip(names, args, strict=False), **kwargs)
+        plan = call_reason(self, cls, arguments) or plan_call(self, arguments)
+        if type(plan) is str:
+            _fell_back(patch, plan)
+            return original(self, *args, **kwargs)
+        result = run_call(plan, self, arguments)
+        next(patch.replaced)
+        return result
+
+    return forward
+
+
+GRADIENTS_NEEDED = "gradients are needed"
+_REMEDY = (
+    "this call of {name} needs gradients and ran the original code; for inference wrap it in "
+    "`with torch.no_grad():` or `with torch.inference_mode():` (said once)"
+)
+
+
+def _fell_back(patch: Patch, reason: str) -> None:
+    with _lock:
+        patch.fallbacks[reason] = patch.fallbacks.get(reason, 0) + 1
+    if patch.strict:
+        raise FallbackError(f"{patch.target.name} would run the original code: {reason}")
+    if reason == GRADIENTS_NEEDED:
+        name = patch.target.attribute
+        with _lock:
+            first = "gradients" not in _warned
+            _warned.add("gradients")
+        if first:
+            warnings.warn(_REMEDY.format(name=name), PatchWarning, stacklevel=4)

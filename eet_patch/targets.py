@@ -1,0 +1,41 @@
+"""The one table of what is replaced, and for which versions of the host. A new model of a known shape is one row."""
+
+from __future__ import annotations
+
+from eet_patch.adapters import bert, gpt2
+from eet_patch.patching import PatchTarget
+
+TRANSFORMERS = "transformers>=4.56,<5.24"
+
+_BERT_FAMILY = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "xlm_roberta": "XLMRoberta",
+    "camembert": "Camembert",
+    "electra": "Electra",
+    "ernie": "Ernie",
+    "data2vec": "Data2VecText",
+    "bert_generation": "BertGeneration",
+    "roc_bert": "RoCBert",
+}
+_FILES = {"data2vec": "modeling_data2vec_text"}
+
+TARGETS: tuple[PatchTarget, ...] = (
+    *(
+        PatchTarget(
+            name=f"{folder}_layer",
+            module=f"transformers.models.{folder}.{_FILES.get(folder, f'modeling_{folder}')}",
+            attribute=f"{prefix}Layer.forward",
+            requires=TRANSFORMERS,
+            adapter=bert.adapter,
+        )
+        for folder, prefix in _BERT_FAMILY.items()
+    ),
+    PatchTarget(
+        name="gpt2_block",
+        module="transformers.models.gpt2.modeling_gpt2",
+        attribute="GPT2Block.forward",
+        requires=TRANSFORMERS,
+        adapter=gpt2.adapter,
+    ),
+)
