@@ -1,11 +1,15 @@
 """Builds the one extension, eet_patch._C: the CPU part always, the CUDA part where nvcc is found.
 
 Environment:
-    EET_CUDA          0: never build the CUDA part; 1: fail if it can't be built. Default: build it if nvcc is found.
-    EET_CUDA_ARCHS    compute capabilities, as "80;90a". Default: those of the GPUs in this machine, else every one that
-                      this nvcc supports out of 75 80 86 89 90a 100 120. PTX is added for the newest.
-    EET_BUILD_JOBS    how many files are compiled at a time. Default: the number of processors.
-    CXX, CUDA_HOME    the C++ compiler and the CUDA toolkit to use.
+    EET_CUDA        0: never build the CUDA part; 1: fail if it can't be built.
+                    Default: build it if nvcc is found.
+    EET_CUDA_ARCHS  compute capabilities, as "80;90a", or "native": those of the GPUs in this
+                    machine, and the CPU part alone where there is none. Default: those of the GPUs
+                    in this machine, else every one that this nvcc knows out of
+                    75 80 86 89 90a 100 120, with PTX for the newest.
+    EET_WERROR      1: fail on a warning of any compiler.
+    EET_BUILD_JOBS  how many files are compiled at a time. Default: the number of processors.
+    CXX, CUDA_HOME  the C++ compiler and the CUDA toolkit to use.
 """
 
 import os
@@ -25,8 +29,8 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 DEFAULT_ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden", "-g0"]
-# -fopenmp at compile time only: the OpenMP runtime is the one that torch has loaded; a second one in the process would
-# fight with it for the processors.
+# -fopenmp at compile time only: the OpenMP runtime is the one that torch has loaded; a second one
+# in the process would fight with it for the processors.
 CPU_FLAGS = ["-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 CPU_ARCHS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
@@ -60,7 +64,8 @@ def find_cxx():
         if shutil.which(name.split()[0]):
             return name.split()
     raise BuildError(
-        "no C++ compiler found. Install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++) "
+        "no C++ compiler found. Install one (Debian, Ubuntu: apt-get install g++; "
+        "Fedora: dnf install gcc-c++) "
         "or set CXX to it."
     )
 
@@ -80,7 +85,8 @@ def find_nvcc():
             return shutil.which(candidate)
     if wanted == "1":
         raise BuildError(
-            "EET_CUDA=1, but no nvcc was found. Install the CUDA toolkit, set CUDA_HOME to it, or set EET_CUDA=0 to "
+            "EET_CUDA=1, but no nvcc was found. Install the CUDA toolkit, set CUDA_HOME to it, "
+            "or set EET_CUDA=0 to "
             "build for the CPU alone."
         )
     return None
@@ -90,13 +96,15 @@ def cuda_archs(nvcc):
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
     supported = set(re.findall(r"compute_(\d+)", listed))
     chosen = os.environ.get("EET_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";")
-    if chosen:
+    native = chosen == "native"
+    if chosen and not native:
         archs = [a for a in chosen.split(";") if a]
         for arch in archs:
             if not re.fullmatch(r"\d+[af]?", arch) or arch.rstrip("af") not in supported:
                 raise BuildError(
                     f"EET_CUDA_ARCHS names {arch!r}, which this nvcc does not know; it knows "
-                    f"{', '.join(sorted(supported, key=int))} (with an a or f suffix where the GPU has one)."
+                    f"{', '.join(sorted(supported, key=int))} "
+                    "(with an a or f suffix where the GPU has one)."
                 )
         return archs
     smi = shutil.which("nvidia-smi")
@@ -107,6 +115,8 @@ def cuda_archs(nvcc):
         present = ["90a" if c == "90" else c for c in present if c in supported]
         if present:
             return present
+    if native:
+        return []
     return [a for a in DEFAULT_ARCHS if a.rstrip("a") in supported]
 
 
@@ -125,10 +135,14 @@ class BuildExtension(build_ext):
         import pybind11
 
         cxx, nvcc = find_cxx(), find_nvcc()
+        archs = cuda_archs(nvcc) if nvcc else []
+        if not archs:
+            nvcc = None
+        strict = os.environ.get("EET_WERROR") == "1"
         temp = Path(self.build_temp).resolve()
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
-        include = [f"-I{CSRC}"]
+        include = [f"-I{CSRC}", *(["-Werror"] if strict else [])]
         python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
         x86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -149,14 +163,14 @@ class BuildExtension(build_ext):
                     add(source, arch, [*base, *flags, f"-DEET_CPU_ARCH={arch}"])
         cuda = []
         if nvcc:
-            archs = cuda_archs(nvcc)
             cuda = ["-DEET_WITH_CUDA", f'-DEET_CUDA_ARCHS="{";".join(archs)}"']
             print(f"eet_patch: building for CUDA with {nvcc}, archs {' '.join(archs)}", flush=True)
+            nvcc_flags = [*NVCC_FLAGS, *(["-Werror", "all-warnings"] if strict else [])]
             host = ["-ccbin", cxx[0]] if os.environ.get("CXX") else []
             for source in sorted((CSRC / "cuda").glob("*.cu")):
-                add(source, "cuda", [nvcc, *host, *NVCC_FLAGS, *include, *gencode(archs)])
+                add(source, "cuda", [nvcc, *host, *nvcc_flags, f"-I{CSRC}", *gencode(archs)])
         else:
-            print("eet_patch: nvcc not found or EET_CUDA=0: building for the CPU alone", flush=True)
+            print("eet_patch: building for the CPU alone", flush=True)
         bindings = [*cxx, *CXX_FLAGS, *include, *python, *cuda]
         if nvcc:
             bindings += [f"-I{path}" for path in cuda_include_dirs(nvcc)]

@@ -1,4 +1,5 @@
-"""Runs the Transformer models of transformers and fairseq through fused kernels, without changing a line of them.
+"""Runs the Transformer models of transformers and fairseq through fused kernels, without changing a
+line of them.
 
     import eet_patch
     eet_patch.enable()
@@ -39,11 +40,12 @@ def enable(
 ) -> None:
     """Replace the layers of the host libraries, now or when they are imported.
 
-    May be called before or after the import of transformers or fairseq and before or after a model is built; a second
-    call replaces the options of the first.
+    May be called before or after the import of transformers or fairseq and before or after a model
+    is built; a second call replaces the options of the first.
 
     Args:
-        strict: raise `FallbackError` where a call would run the original code, and not only count it.
+        strict: raise `FallbackError` where a call would run the original code, and not only count
+            it.
         only: names of the targets to replace. Default: all of them.
         exclude: names of targets to leave alone.
     Raises:
@@ -53,7 +55,9 @@ def enable(
 
 
 def disable() -> None:
-    """Put the very methods back that stood in the host's classes. Harmless when nothing is replaced."""
+    """Put the very methods back that stood in the host's classes. Harmless when nothing is
+    replaced.
+    """
     patching.disable()
 
 
@@ -62,7 +66,8 @@ def enabled(
     only: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
 ) -> AbstractContextManager[None]:
-    """`enable()` for a `with` block, for the whole process; afterwards what was in force before is in force again.
+    """`enable()` for a `with` block, for the whole process; afterwards what was in force before is
+    in force again.
 
     Args, Raises: as `enable`.
     """
@@ -70,7 +75,9 @@ def enabled(
 
 
 def report() -> Report:
-    """Which targets are replaced, how often, how often not and why, and the memory held; `print()` it."""
+    """Which targets are replaced, how often, how often not and why, and the memory held; `print()`
+    it.
+    """
     return make_report()
 
 

@@ -42,7 +42,8 @@ def info() -> str:
     import torch
 
     lines = [
-        f"eet_patch {eet_patch.__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"eet_patch {eet_patch.__version__}, Python {platform.python_version()}",
+        platform.platform(),
         f"torch {torch.__version__}, {torch.get_num_threads()} threads",
     ]
     if torch.cuda.is_available():
@@ -67,7 +68,9 @@ def info() -> str:
 
 
 def run_script(options: argparse.Namespace) -> int:
-    """Runs the script as `python script.py args` would, with the patch enabled before its first line."""
+    """Runs the script as `python script.py args` would, with the patch enabled before its first
+    line.
+    """
     eet_patch.enable(strict=options.strict)
     if options.report:
         atexit.register(lambda: print(eet_patch.report(), file=sys.stderr))

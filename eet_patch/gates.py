@@ -1,4 +1,6 @@
-"""What every replaced call must satisfy, whatever the layer: the reasons that no adapter has to think of."""
+"""What every replaced call must satisfy, whatever the layer: the reasons that no adapter has to
+think of.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +22,26 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
-def call_reason(layer: nn.Module, cls: type, arguments: dict[str, Any]) -> str | None:
-    """Why this call of `layer` can't be replaced, or None. The first argument is the layer's input."""
+def hidden_states_of(layer: Any, arguments: dict[str, Any]) -> Any:
+    return arguments.get("hidden_states")
+
+
+def call_reason(layer: nn.Module, cls: type, operand: Any, arguments: dict[str, Any]) -> str | None:
+    """Why this call of `layer` can't be replaced, or None.
+
+    `operand` is what the kernels read: the layer's input, or the weight of a layer that gets token
+    ids.
+    """
     if type(layer) is not cls:
         return f"{type(layer).__name__} is a subclass of {cls.__name__}"
-    hidden_states = arguments.get("hidden_states")
-    if type(hidden_states) is not Tensor:
-        return f"the input is a {type(hidden_states).__name__}, not a torch.Tensor"
-    if hidden_states.dtype not in DTYPE_CODES:
-        return f"there is no kernel for {hidden_states.dtype}"
-    device = hidden_states.device.type
+    if type(operand) is not Tensor and type(operand) is not nn.Parameter:
+        return f"the input is a {type(operand).__name__}, not a torch.Tensor"
+    if operand.dtype not in DTYPE_CODES:
+        return f"there is no kernel for {operand.dtype}"
+    device = operand.device.type
     if device != "cpu" and not (device == "cuda" and HAS_CUDA):
         return f"there is no kernel for the device {device}"
-    if not hidden_states.is_contiguous():
+    if not operand.is_contiguous():
         return "the input is not contiguous"
     if torch.is_autocast_enabled(device):
         return "autocast is on"

@@ -1,8 +1,11 @@
-"""The engine: swaps methods of host classes for calls into the extension, and puts the very objects back.
+"""The engine: swaps methods of host classes for calls into the extension, and puts the very objects
+back.
 
-It names no model: `targets.py` lists what is replaced. A target's module is watched by a post-import hook, so that
-`enable()` may come before or after the host's import. The swapped-in method is a plain function that ends in the
-original whenever the call is not one that the kernels support; every such end is counted with its reason.
+It names no model: `targets.py` lists what is replaced. A target's module is watched by a
+    post-import hook, so that
+`enable()` may come before or after the host's import. The swapped-in method is a plain function
+that ends in the original whenever the call is not one that the kernels support; every such end is
+counted with its reason.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import torch
 import wrapt
 from packaging.requirements import Requirement
 
-from eet_patch.gates import call_reason
+from eet_patch.gates import call_reason, hidden_states_of
 from eet_patch.ops._extension import EXTENSION, EXTENSION_ERROR
 
 
@@ -34,7 +37,9 @@ class FallbackError(RuntimeError):
 
 
 class PatchWarning(UserWarning):
-    """Something that a user of the patch should know: a version left alone, a remedy for a slow call."""
+    """Something that a user of the patch should know: a version left alone, a remedy for a slow
+    call.
+    """
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class PatchTarget:
         module: where the method is defined, as "transformers.models.bert.modeling_bert".
         attribute: "Class.method".
         requires: host versions that the adapter was tested with, as "transformers>=4.56,<5.24".
-        adapter: makes the pair (plan, forward) for the class when the patch is installed; see `Adapter`.
+        adapter: makes the pair (plan, forward) for the class when the patch is installed; see
+            `Adapter`.
     """
 
     name: str
@@ -62,15 +68,19 @@ class PatchTarget:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Two functions over a layer and its call, the call's arguments bound to the names of the original's parameters.
+    """Two functions over a layer and its call, the call's arguments bound to the names of the
+    original's parameters.
 
     Attributes:
-        plan: (layer, arguments) -> the reason, as text, why this call runs the original; or whatever `forward` needs.
+        plan: (layer, arguments) -> the reason, as text, why this call runs the original; or
+            whatever `forward` needs.
         forward: (plan, layer, arguments) -> what the original would return.
+        operand: (layer, arguments) -> the tensor whose dtype and device the kernels get.
     """
 
     plan: Callable[[Any, dict[str, Any]], Any]
     forward: Callable[[Any, Any, dict[str, Any]], Any]
+    operand: Callable[[Any, dict[str, Any]], Any] = hidden_states_of
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,8 @@ class Patch:
     fallbacks: dict[str, int] = field(default_factory=dict)
 
     def calls_replaced(self) -> int:
-        # itertools.count is the one counter whose increment other threads can't split; its value shows in its repr.
+        # itertools.count is the one counter whose increment other threads can't split; its value
+        # shows in its repr.
         return int(repr(self.replaced)[6:-1])
 
 
@@ -137,16 +148,14 @@ def reset_counters() -> None:
             patch.fallbacks = {}
 
 
-# --- turning it on and off ---------------------------------------------------------------------------------------
-
-
 def _options(strict: bool, only: Any, exclude: Any) -> Options:
     def names(value: Any, argument: str) -> frozenset[str]:
         chosen = frozenset((value,) if isinstance(value, str) else value)
         unknown = sorted(map(str, chosen - set(_patches)))
         if unknown:
             raise ValueError(
-                f"{argument} must name targets out of {', '.join(_patches)}; got {', '.join(unknown)}"
+                f"{argument} must name targets out of {', '.join(_patches)}; "
+                f"got {', '.join(unknown)}"
             )
         return chosen
 
@@ -203,7 +212,8 @@ def _refresh() -> None:
             patch.status = f"not applied: the extension could not be loaded ({EXTENSION_ERROR})"
         warn_once(
             "extension",
-            f"the compiled part of eet_patch could not be loaded ({EXTENSION_ERROR}); models run unpatched",
+            f"the compiled part of eet_patch could not be loaded ({EXTENSION_ERROR}); "
+            "models run unpatched",
         )
         return
     for patch in _patches.values():
@@ -236,7 +246,8 @@ def _module_imported(module: ModuleType) -> None:
     except Exception as error:
         warn_once(
             f"install {module.__name__}",
-            f"eet_patch could not patch {module.__name__} ({type(error).__name__}: {error}); it runs unpatched",
+            f"eet_patch could not patch {module.__name__} ({type(error).__name__}: {error}); "
+            "it runs unpatched",
         )
 
 
@@ -250,9 +261,6 @@ def retry_half_imported() -> None:
                     _module_imported(module)
 
 
-# --- one patch ---------------------------------------------------------------------------------------------------
-
-
 def _install(patch: Patch, module: ModuleType) -> None:
     if patch.active:
         return
@@ -262,10 +270,14 @@ def _install(patch: Patch, module: ModuleType) -> None:
     if patch.host_version is None or not requirement.specifier.contains(
         patch.host_version, prereleases=True
     ):
-        patch.status = f"not applied: {requirement.name} {patch.host_version} is not in {requirement.specifier}"
+        patch.status = (
+            f"not applied: {requirement.name} {patch.host_version} "
+            f"is not in {requirement.specifier}"
+        )
         warn_once(
             f"version {requirement.name}",
-            f"eet_patch supports {target.requires}, and leaves {requirement.name} {patch.host_version} alone",
+            f"eet_patch supports {target.requires}, and leaves "
+            f"{requirement.name} {patch.host_version} alone",
         )
         return
     class_name, _, method = target.attribute.partition(".")
@@ -322,8 +334,9 @@ def _uninstall(patch: Patch) -> None:
 def _beneath_init_subclass(method: Any) -> Any:
     """The method as its class wrote it, where the parent's __init_subclass__ has wrapped it.
 
-    transformers >= 5.23 wraps `forward` of its checkpointed layers so, and compares identity: a function set over the
-    wrapper would turn gradient checkpointing off. The replacement goes beneath, and the parent wraps again.
+    transformers >= 5.23 wraps `forward` of its checkpointed layers so, and compares identity: a
+    function set over the wrapper would turn gradient checkpointing off. The replacement goes
+    beneath, and the parent wraps again.
     """
     code = getattr(method, "__code__", None)
     if code is not None and ".__init_subclass__.<locals>." in code.co_qualname:
@@ -346,15 +359,17 @@ def _make_forward(
     patch: Patch, cls: type, original: Callable[..., Any], adapter: Adapter
 ) -> Callable[..., Any]:
     names = tuple(inspect.signature(original).parameters)[1:]
-    plan_call, run_call = adapter.plan, adapter.forward
+    plan_call, run_call, operand_of = adapter.plan, adapter.forward, adapter.operand
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # First, and without touching a counter: a graph that is being compiled must see the original alone.
+        # First, and without touching a counter: a graph that is being compiled must see the
+        # original alone.
         if torch.compiler.is_compiling() or not patch.active:
             return original(self, *args, **kwargs)
         arguments = dict(zip(names, args, strict=False), **kwargs)
-        plan = call_reason(self, cls, arguments) or plan_call(self, arguments)
+        operand = operand_of(self, arguments)
+        plan = call_reason(self, cls, operand, arguments) or plan_call(self, arguments)
         if type(plan) is str:
             _fell_back(patch, plan)
             return original(self, *args, **kwargs)

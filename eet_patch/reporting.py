@@ -9,7 +9,8 @@ from typing import Any
 from eet_patch import patching
 from eet_patch.ops._extension import EXTENSION, EXTENSION_ERROR
 
-# Name of a kind of memory that we hold beyond the model and its KV cache -> how many bytes it is now.
+# Name of a kind of memory that we hold beyond the model and its KV cache -> how many bytes it is
+# now.
 MEMORY: dict[str, Callable[[], int]] = {}
 
 
@@ -37,7 +38,9 @@ class TargetReport:
 
 @dataclass(frozen=True)
 class Report:
-    """State of the patch, printable by `print(report())`, and as data by `as_dict()` or by the attributes."""
+    """State of the patch, printable by `print(report())`, and as data by `as_dict()` or by the
+    attributes.
+    """
 
     enabled: bool
     extension: dict[str, Any]

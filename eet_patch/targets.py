@@ -1,8 +1,10 @@
-"""The one table of what is replaced, and for which versions of the host. A new model of a known shape is one row."""
+"""The one table of what is replaced, and for which versions of the host. A new model of a known
+shape is one row.
+"""
 
 from __future__ import annotations
 
-from eet_patch.adapters import bert, gpt2
+from eet_patch.adapters import bert, gpt2, gpt2_lm_head
 from eet_patch.patching import PatchTarget
 
 TRANSFORMERS = "transformers>=4.56,<5.24"
@@ -37,5 +39,12 @@ TARGETS: tuple[PatchTarget, ...] = (
         attribute="GPT2Block.forward",
         requires=TRANSFORMERS,
         adapter=gpt2.adapter,
+    ),
+    PatchTarget(
+        name="gpt2_lm_head",
+        module="transformers.models.gpt2.modeling_gpt2",
+        attribute="GPT2LMHeadModel.forward",
+        requires=TRANSFORMERS,
+        adapter=gpt2_lm_head.adapter,
     ),
 )

@@ -1,4 +1,5 @@
-// Which keys a query sees, and what is added to their scores: the one copy for prefill and decoding.
+// Which keys a query sees, and what is added to their scores: the one copy for prefill and
+// decoding.
 #pragma once
 
 #include <cmath>
@@ -10,7 +11,16 @@ namespace eet_patch::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// The mask's term for one score, in units of log2 (so that exp2 serves): 0, the entry, or -inf to exclude the key.
+// 2 to the power x by the special function unit (2 ulp; results below the least normal number
+// become 0).
+__device__ __forceinline__ float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// The mask's term for one score, in units of log2 (so that exp2 serves): 0, the entry, or -inf to
+// exclude the key.
 template <typename T>
 __device__ __forceinline__ float mask_term(const AttentionMask& mask, int64_t offset) {
   switch (mask.kind) {

@@ -1,11 +1,11 @@
 // Conversions between the element types and float, and the packing of two elements into a register.
 #pragma once
 
-#include <cfloat>
-#include <cstdint>
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <cfloat>
+#include <cstdint>
 
 namespace eet_patch::cuda {
 
@@ -28,7 +28,8 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) 
   return __float2bfloat16_rn(value);
 }
 
-// Two neighbours of a 16-bit type as one register, the first in the low half (as mma fragments want them).
+// Two neighbours of a 16-bit type as one register, the first in the low half (as mma fragments want
+// them).
 template <typename T>
 __device__ __forceinline__ uint32_t pack2(float low, float high);
 template <>

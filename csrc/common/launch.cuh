@@ -1,4 +1,5 @@
-// Launching: choice of the element type, programmatic dependent launch, clusters, and errors as values.
+// Launching: choice of the element type, programmatic dependent launch, clusters, and errors as
+// values.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,8 +15,9 @@ struct LaunchConfig {
   dim3 grid, block;
   cudaStream_t stream = nullptr;
   size_t shared_bytes = 0;
-  // The kernel before this one on the stream is ours and of the same call, so this one may start before it ends; it
-  // reads nothing that the other wrote, and writes nothing, before wait_for_predecessor().
+  // The kernel before this one on the stream is ours and of the same call, so this one may start
+  // before it ends; it reads nothing that the other wrote, and writes nothing, before
+  // wait_for_predecessor().
   bool chained = false;
   int cluster_size = 1;
 };
@@ -23,7 +25,8 @@ struct LaunchConfig {
 // Queries are cheap (no synchronisation) and need no state of ours.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) {
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) {
     (void)cudaGetLastError();
     return 0;
   }
@@ -32,11 +35,14 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 
 // Returns the launch's own error and clears it, so that the next op does not report it as its own.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  constexpr size_t kDefaultSharedBytes = 48 * 1024;
+cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...),
+                   Arguments&&... arguments) {
+  constexpr size_t kDefaultSharedBytes =
+      40 * 1024;  // 48 KB a block unless asked for more, less the static arrays' share
   cudaError_t error = cudaSuccess;
   if (config.shared_bytes > kDefaultSharedBytes) {
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(config.shared_bytes));
   }
   if (error == cudaSuccess) {
@@ -66,7 +72,9 @@ cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...), Ar
 }
 
 inline Status to_status(cudaError_t error) { return Status{static_cast<int>(error)}; }
-inline cudaStream_t stream_of(const Context& context) { return static_cast<cudaStream_t>(context.stream); }
+inline cudaStream_t stream_of(const Context& context) {
+  return static_cast<cudaStream_t>(context.stream);
+}
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
@@ -87,7 +95,8 @@ cudaError_t dispatch_dtype(DType dtype, Function&& function) {
   return cudaErrorInvalidValue;
 }
 
-// Both do nothing unless the launch asked for programmatic dependent launch. Every thread calls them, in this order.
+// Both do nothing unless the launch asked for programmatic dependent launch. Every thread calls
+// them, in this order.
 __device__ __forceinline__ void release_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -12,19 +12,21 @@ constexpr unsigned kFullMask = 0xffffffffu;
 template <int kLanes = kWarpSize>
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullMask, value, offset);
+  for (int offset = kLanes / 2; offset > 0; offset /= 2)
+    value += __shfl_xor_sync(kFullMask, value, offset);
   return value;
 }
 
 template <int kLanes = kWarpSize>
 __device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(kFullMask, value, offset));
+  for (int offset = kLanes / 2; offset > 0; offset /= 2)
+    value = fmaxf(value, __shfl_xor_sync(kFullMask, value, offset));
   return value;
 }
 
-// Sum over the block's kWarps warps (one warp: no shared memory, no barrier). `shared` holds kWarps floats and may be
-// used again at once: the second barrier lets every reader finish.
+// Sum over the block's kWarps warps (one warp: no shared memory, no barrier). `shared` holds kWarps
+// floats and may be used again at once: the second barrier lets every reader finish.
 template <int kWarps>
 __device__ __forceinline__ float block_sum(float value, float* shared) {
   value = warp_sum(value);

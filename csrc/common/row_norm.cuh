@@ -1,4 +1,5 @@
-// Layer norm of one row by a group of threads, whatever the row is made of. Ba et al. 2016, arXiv:1607.06450.
+// Layer norm of one row by a group of threads, whatever the row is made of. Ba et al. 2016,
+// arXiv:1607.06450.
 #pragma once
 
 #include "common/reduce.cuh"
@@ -6,16 +7,18 @@
 
 namespace eet_patch::cuda {
 
-// The first kHeldChunks * kThreads * kVector elements of a row stay in registers between the passes; what is beyond
-// them is loaded again (from L1 or L2).
+// The first kHeldChunks * kThreads * kVector elements of a row stay in registers between the
+// passes; what is beyond them is loaded again (from L1 or L2).
 constexpr int kHeldChunks = 4;
 
-// The block's 32 * kWarps threads own the row when kWarps > 1; else each warp owns one. load(column, values) yields
-// kVector elements of the row as floats, and store(column, values, normalised) takes them and what becomes of them
-// (before weight and bias), once nobody will load that column again; columns are multiples of kVector below `size`,
-// which kVector divides. Mean first, then the variance about it.
+// The block's 32 * kWarps threads own the row when kWarps > 1; else each warp owns one.
+// load(column, values) yields kVector elements of the row as floats, and store(column, values,
+// normalised) takes them and what becomes of them (before weight and bias), once nobody will load
+// that column again; columns are multiples of kVector below `size`, which kVector divides. Mean
+// first, then the variance about it.
 template <int kWarps, int kVector, typename Load, typename Store>
-__device__ __forceinline__ void normalise_row(int size, float eps, float* shared, Load load, Store store) {
+__device__ __forceinline__ void normalise_row(int size, float eps, float* shared, Load load,
+                                              Store store) {
   constexpr int kStride = kWarps * kWarpSize * kVector;
   const int first = (kWarps > 1 ? threadIdx.x : threadIdx.x % kWarpSize) * kVector;
   float held[kHeldChunks][kVector];
@@ -43,7 +46,8 @@ __device__ __forceinline__ void normalise_row(int size, float eps, float* shared
   for (int chunk = 0; chunk < kHeldChunks; ++chunk) {
     if (first + chunk * kStride < size) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) squares += (held[chunk][i] - mean) * (held[chunk][i] - mean);
+      for (int i = 0; i < kVector; ++i)
+        squares += (held[chunk][i] - mean) * (held[chunk][i] - mean);
     }
   }
   for (int column = rest; column < size; column += kStride) {
@@ -72,7 +76,8 @@ __device__ __forceinline__ void normalise_row(int size, float eps, float* shared
 
 // values = values * weight + bias at `column`; both may be null.
 template <int kVector, typename T>
-__device__ __forceinline__ void scale_and_shift(float (&values)[kVector], const T* weight, const T* bias, int column) {
+__device__ __forceinline__ void scale_and_shift(float (&values)[kVector], const T* weight,
+                                                const T* bias, int column) {
   float other[kVector];
   if (weight != nullptr) {
     load_vector(weight + column, other);

@@ -1,4 +1,5 @@
-// Vector loads and stores that widen to float and round back, and the streaming loads of weights and caches.
+// Vector loads and stores that widen to float and round back, and the streaming loads of weights
+// and caches.
 #pragma once
 
 #include "common/convert.cuh"
@@ -31,7 +32,8 @@ __device__ __forceinline__ void store_vector(T* target, const float (&values)[kC
 }
 
 template <typename T>
-__device__ __forceinline__ void unpack_vector(const uint4& packed, float (&values)[kVectorSize<T>]) {
+__device__ __forceinline__ void unpack_vector(const uint4& packed,
+                                              float (&values)[kVectorSize<T>]) {
   if constexpr (sizeof(T) == 4) {
     values[0] = __uint_as_float(packed.x);
     values[1] = __uint_as_float(packed.y);
@@ -48,7 +50,8 @@ __device__ __forceinline__ void unpack_vector(const uint4& packed, float (&value
   }
 }
 
-// Weights: read once a call by one block, so they pass by L1, and read-only for the kernel's whole life.
+// Weights: read once a call by one block, so they pass by L1, and read-only for the kernel's whole
+// life.
 __device__ __forceinline__ uint4 load_weights(const void* source) {
   uint4 value;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -57,7 +60,8 @@ __device__ __forceinline__ uint4 load_weights(const void* source) {
   return value;
 }
 
-// Caches: read once too, but the kernel before this one may have written them, so never through the read-only path.
+// Caches: read once too, but the kernel before this one may have written them, so never through the
+// read-only path.
 __device__ __forceinline__ uint4 load_cache(const void* source) {
   uint4 value;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -67,6 +71,8 @@ __device__ __forceinline__ uint4 load_cache(const void* source) {
   return value;
 }
 
-inline bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0; }
+inline bool is_aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0;
+}
 
 }  // namespace eet_patch::cuda

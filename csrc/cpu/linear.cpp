@@ -52,22 +52,56 @@ void pack_input_rows(const Team& team, const LinearArgs& args, const BlockedPlan
   }
 }
 
+// Whole panels of an (in, out) weight from column `column` on: row by row over all of them, so that memory is read in
+// runs of count * kTileColumns elements, a few rows ahead of the loads.
+template <typename T>
+void pack_whole_panels(const LinearArgs& args, const BlockedPlan& plan, float* packed, const T* weight, int64_t column,
+                       int64_t count) {
+  constexpr int64_t kRowsAhead = 8;
+  const int64_t panel_floats = plan.depth * kTileColumns;
+  for (int64_t k = 0; k < args.in_features; ++k) {
+    const T* source = weight + k * args.out_features + column;
+    float* dst = packed + k * kTileColumns;
+    for (int64_t p = 0; p < count; ++p) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVectors; ++v) {
+        __builtin_prefetch(source + kRowsAhead * args.out_features + v * kLanes);
+        store(dst + v * kLanes, load(source + v * kLanes));
+      }
+      source += kTileColumns;
+      dst += panel_floats;
+    }
+  }
+  for (int64_t p = 0; p < count; ++p) {
+    for (int64_t i = args.in_features * kTileColumns; i < panel_floats; i += kLanes) {
+      store(packed + p * panel_floats + i, zero());
+    }
+  }
+}
+
 // Panels [first, first + count) of all weights, each depth x kTileColumns.
 template <typename T>
 void pack_panels(const LinearArgs& args, const BlockedPlan& plan, float* packed, int64_t first, int64_t count) {
   const int64_t panel_floats = plan.depth * kTileColumns;
-  for (int64_t p = 0; p < count; ++p) {
-    const int64_t index = (first + p) / plan.panels_each;
-    const int64_t column = (first + p) % plan.panels_each * kTileColumns;
+  for (int64_t p = 0; p < count;) {
+    const int64_t index = (first + p) / plan.panels_each, panel = (first + p) % plan.panels_each;
+    const int64_t column = panel * kTileColumns;
     const int64_t width = min64(kTileColumns, args.out_features - column);
     const T* weight = static_cast<const T*>(args.weight[index]);
     float* dst = packed + p * panel_floats;
+    const int64_t whole = min64(args.out_features / kTileColumns - panel, count - p);
+    if (args.in_out && whole > 0) {
+      pack_whole_panels(args, plan, dst, weight, column, whole);
+      p += whole;
+      continue;
+    }
     if (args.in_out) {
       pack_straight(dst, kTileColumns, weight + column, args.out_features, width, args.in_features, plan.depth);
     } else {
       pack_transposed(dst, kTileColumns, weight + column * args.in_features, args.in_features, width,
                       args.in_features);
     }
+    ++p;
   }
 }
 
@@ -111,8 +145,8 @@ void linear_blocked(const Team& team, const LinearArgs& args, float* packed_inpu
 
     const Grid grid = choose_grid(team.size, tiles, plan.panels, plan.tile_rows);
     if (team.rank >= grid.down * grid.across) continue;
-    const Range my_tiles = Team{team.rank / grid.across, grid.down}.share(tiles);
-    const Range my_panels = Team{team.rank % grid.across, grid.across}.share(plan.panels);
+    const Range my_tiles = Team{team.rank / grid.across, grid.down, nullptr}.share(tiles);
+    const Range my_panels = Team{team.rank % grid.across, grid.across, nullptr}.share(plan.panels);
     for (int64_t first = my_panels.begin; first < my_panels.end; first += group) {
       const int64_t count = min64(group, my_panels.end - first);
       pack_panels<T>(args, plan, packed_weight, first, count);

@@ -13,13 +13,15 @@ namespace EET_CPU_ARCH {
 
 constexpr int kSkinnyRows = 8;
 constexpr int64_t kColumnGrain = 32;       // columns are shared out in runs of whole cache lines, also for 16-bit weights
+constexpr int64_t kInputFloats = 8192;       // 32 KB of L1 for the input of the (out, in) order
 constexpr int64_t kAccumulatorFloats = 4096;  // 16 KB of L1 for the accumulators of the in_out order
 
-// (out, in) order. R input rows times NW weight rows, accumulators along in_features: weight rows are adjacent, so the
-// NW streams together are one run of memory.
+// (out, in) order. R input rows times NW weight rows over `depth` of the in_features, accumulators along them. The NW
+// rows that come next are prefetched: they follow in memory, but the hardware prefetcher stops at every page, and without
+// the hint 4 rows of input got 20 GB/s on one core instead of 28 (Zen 5, fp32).
 template <typename T, int R, int NW>
-inline void dot_rows(const float* input, int64_t input_ld, const T* weight, int64_t in_features, float* tile,
-                     int64_t tile_ld) {
+inline void dot_rows(const float* input, int64_t input_ld, const T* weight, int64_t in_features, int64_t depth,
+                     float* tile, int64_t tile_ld, bool first) {
   Vec acc[R][NW];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -27,10 +29,13 @@ inline void dot_rows(const float* input, int64_t input_ld, const T* weight, int6
     for (int j = 0; j < NW; ++j) acc[i][j] = zero();
   }
   int64_t k = 0;
-  for (; k + kLanes <= in_features; k += kLanes) {
+  for (; k + kLanes <= depth; k += kLanes) {
     Vec w[NW];
 #pragma GCC unroll 8
-    for (int j = 0; j < NW; ++j) w[j] = load(weight + j * in_features + k);
+    for (int j = 0; j < NW; ++j) {
+      w[j] = load(weight + j * in_features + k);
+      __builtin_prefetch(weight + (NW + j) * in_features + k);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       const Vec x = load(input + i * input_ld + k);
@@ -38,10 +43,10 @@ inline void dot_rows(const float* input, int64_t input_ld, const T* weight, int6
       for (int j = 0; j < NW; ++j) acc[i][j] = fma(x, w[j], acc[i][j]);
     }
   }
-  if (k < in_features) {
+  if (k < depth) {
 #pragma GCC unroll 8
     for (int j = 0; j < NW; ++j) {
-      const Vec w = load_partial(weight + j * in_features + k, in_features - k);
+      const Vec w = load_partial(weight + j * in_features + k, depth - k);
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) acc[i][j] = fma(load(input + i * input_ld + k), w, acc[i][j]);
     }
@@ -49,11 +54,15 @@ inline void dot_rows(const float* input, int64_t input_ld, const T* weight, int6
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < NW; ++j) tile[i * tile_ld + j] = reduce_add(acc[i][j]);
+    for (int j = 0; j < NW; ++j) {
+      const float sum = reduce_add(acc[i][j]);
+      tile[i * tile_ld + j] = first ? sum : tile[i * tile_ld + j] + sum;
+    }
   }
 }
 
-// (in, out) order. Adds KU rows of the weight, each a contiguous run of `columns`, to the R accumulator rows in L1.
+// (in, out) order. Adds KU rows of the weight, each a contiguous run of `columns`, to the R accumulator rows in L1, and
+// prefetches the next KU. Four rows at a time for 8 rows of input: 27 GB/s on one core, with two it was 19 (Zen 5, fp32).
 template <typename T, int R, int KU>
 inline void add_weight_rows(const float* input, int64_t input_ld, const T* weight, int64_t weight_ld, int64_t columns,
                             float* acc, int64_t acc_ld, bool first) {
@@ -76,7 +85,10 @@ inline void add_weight_rows(const float* input, int64_t input_ld, const T* weigh
   for (; j + kLanes <= columns; j += kLanes) {
     Vec w[KU];
 #pragma GCC unroll 8
-    for (int u = 0; u < KU; ++u) w[u] = load(weight + u * weight_ld + j);
+    for (int u = 0; u < KU; ++u) {
+      w[u] = load(weight + u * weight_ld + j);
+      __builtin_prefetch(weight + (KU + u) * weight_ld + j);
+    }
     step(w, j);
   }
   if (j < columns) {
@@ -94,7 +106,7 @@ void skinny_columns(const LinearArgs& args, const LinearView<T>& view, FinishTil
   const T* weight = static_cast<const T*>(args.weight[index]);
   const int64_t depth = args.in_features;
   if (args.in_out) {
-    constexpr int kUnroll = R <= 2 ? 8 : R <= 4 ? 4 : 2;
+    constexpr int kUnroll = R <= 2 ? 8 : 4;
     const int64_t step = kAccumulatorFloats / R / kColumnGrain * kColumnGrain;
     for (int64_t column = begin; column < end; column += step) {
       const int64_t columns = min64(step, end - column);
@@ -113,18 +125,23 @@ void skinny_columns(const LinearArgs& args, const LinearView<T>& view, FinishTil
     return;
   }
 #if defined(__AVX512F__)
-  constexpr int kStreams = R <= 2 ? 8 : R <= 4 ? 5 : R <= 6 ? 4 : 3;
+  constexpr int kStreams = R <= 2 ? 8 : R <= 6 ? 4 : 3;
 #else
   constexpr int kStreams = R == 1 ? 6 : R == 2 ? 4 : R <= 4 ? 3 : R <= 6 ? 2 : 1;
 #endif
+  const int64_t step = kInputFloats / R / kLanes * kLanes;
   for (int64_t column = begin; column < end; column += kColumnGrain) {
     const int64_t columns = min64(kColumnGrain, end - column);
-    int64_t j = 0;
-    for (; j + kStreams <= columns; j += kStreams) {
-      dot_rows<T, R, kStreams>(input, input_ld, weight + (column + j) * depth, depth, acc + j, kColumnGrain);
-    }
-    for (; j < columns; ++j) {
-      dot_rows<T, R, 1>(input, input_ld, weight + (column + j) * depth, depth, acc + j, kColumnGrain);
+    for (int64_t k = 0; k < depth; k += step) {
+      const int64_t length = min64(step, depth - k);
+      const T* rows = weight + column * depth + k;
+      int64_t j = 0;
+      for (; j + kStreams <= columns; j += kStreams) {
+        dot_rows<T, R, kStreams>(input + k, input_ld, rows + j * depth, depth, length, acc + j, kColumnGrain, k == 0);
+      }
+      for (; j < columns; ++j) {
+        dot_rows<T, R, 1>(input + k, input_ld, rows + j * depth, depth, length, acc + j, kColumnGrain, k == 0);
+      }
     }
     finish(view, acc, kColumnGrain, row, R, index, column, columns);
   }

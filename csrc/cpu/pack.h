@@ -37,7 +37,10 @@ inline void pack_transposed(float* dst, int64_t ld, const T* src, int64_t stride
       for (; k + kLanes <= depth; k += kLanes) {
         Vec r[kLanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) r[i] = load(block + i * stride + k);
+        for (int i = 0; i < kLanes; ++i) {
+          r[i] = load(block + i * stride + k);
+          __builtin_prefetch(block + (kLanes + i) * stride + k);
+        }
         transpose(r);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) store(out + (k + i) * ld, r[i]);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <omp.h>
+#include <sched.h>
 
 #include "cpu/arch_ops.h"
 
@@ -13,14 +14,38 @@ struct Range {
   int64_t begin, end;
 };
 
+// Barrier of a team: spins for about 30 us, then yields. libgomp's own spins for milliseconds before it sleeps, which
+// on a busy machine costs a scheduler slice at each of the up to seven barriers of a composite.
+struct BarrierState {
+  alignas(64) int arrived = 0;
+  alignas(64) int generation = 0;
+
+  void wait(int size) {
+    const int mine = __atomic_load_n(&generation, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == size) {
+      __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&generation, mine + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int spins = 0; __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == mine; ++spins) {
+      if (spins >= kSpins) {
+        sched_yield();
+        continue;
+      }
+#if defined(EET_CPU_X86)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+  static constexpr int kSpins = 2000;
+};
+
 struct Team {
   int rank, size;
+  BarrierState* state;
 
-  // A team of one may run inside somebody else's region, whose barrier isn't ours to enter.
   void barrier() const {
-    if (size > 1) {
-#pragma omp barrier
-    }
+    if (size > 1) state->wait(size);
   }
 
   // Share of [0, count): contiguous, cut at multiples of `grain`, the same for every run with this team size.
@@ -35,11 +60,12 @@ struct Team {
 template <typename Body>
 void parallel(int num_threads, const Body& body) {
   if (num_threads <= 1) {
-    body(Team{0, 1});
+    body(Team{0, 1, nullptr});
     return;
   }
+  BarrierState state;
 #pragma omp parallel num_threads(num_threads)
-  body(Team{omp_get_thread_num(), omp_get_num_threads()});
+  body(Team{omp_get_thread_num(), omp_get_num_threads(), &state});
 }
 
 // Fork and join cost about 2 us: work below this many elementary steps (multiply-adds, or elements times their passes)

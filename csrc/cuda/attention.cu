@@ -1,6 +1,6 @@
-// Attention: padded with any strides, masks, causal order, left padding and grouped heads, or packed sequences of
-// different lengths. One query a sequence goes to decode_attention.cu, fp16 and bf16 to the tensor cores
-// (attention_mma.cuh), fp32 to plain arithmetic (attention_fma.cuh).
+// Attention: padded with any strides, masks, causal order, left padding and grouped heads, or
+// packed sequences of different lengths. One query a sequence goes to decode_attention.cu, fp16 and
+// bf16 to the tensor cores (attention_mma.cuh), fp32 to plain arithmetic (attention_fma.cuh).
 #include "cuda/attention_fma.cuh"
 #include "cuda/attention_mma.cuh"
 #include "cuda/launchers.h"
@@ -28,14 +28,15 @@ template <typename T>
 cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream, bool chained) {
   if (args.batch == 0 || args.num_heads == 0 || args.q_len == 0) return cudaSuccess;
   if (takes_decode_attention(args)) return launch_decode_attention<T>(args, stream, chained);
-  if (args.batch > kMaxGridYZ || args.num_heads > kMaxGridYZ || args.head_dim > kMaxHeadDim) return cudaErrorInvalidValue;
+  if (args.batch > kMaxGridYZ || args.num_heads > kMaxGridYZ || args.head_dim > kMaxHeadDim)
+    return cudaErrorInvalidValue;
   const AttentionParams<T> p = attention_params<T>(args);
   constexpr int kQueries = sizeof(T) == 4 ? kFmaQueries : kAttentionQueries;
   LaunchConfig config;
   config.stream = stream;
   config.chained = chained;
-  config.grid = dim3(static_cast<unsigned>(ceil_div(args.q_len, kQueries)), static_cast<unsigned>(args.num_heads),
-                     static_cast<unsigned>(args.batch));
+  config.grid = dim3(static_cast<unsigned>(ceil_div(args.q_len, kQueries)),
+                     static_cast<unsigned>(args.num_heads), static_cast<unsigned>(args.batch));
   if constexpr (sizeof(T) == 4) {
     config.block = dim3(kFmaThreads);
     if (args.head_dim <= 64) return launch_fma<64>(p, config);

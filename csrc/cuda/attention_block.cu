@@ -1,20 +1,21 @@
-// One attention block of a layer for few tokens, as a chain of launches, each able to start before the one ahead of it
-// ends: [layer norm +] q/k/v product, K and V into the cache, attention, output product + residual [, layer norm].
-#include "cuda/launchers.h"
-
+// One attention block of a layer for few tokens, as a chain of launches, each able to start before
+// the one ahead of it ends: [layer norm +] q/k/v product, K and V into the cache, attention, output
+// product + residual [, layer norm].
 #include "common/launch.cuh"
 #include "common/vector.cuh"
+#include "cuda/launchers.h"
 
 namespace eet_patch::cuda {
 namespace {
 
 constexpr int kCacheThreads = 128;
 
-struct Workspace {  // offsets in bytes
+struct Workspace {                  // offsets in bytes
   int64_t context, attention, end;  // q, k and v stand at 0
 };
 
-AttentionArgs attention_args(const AttentionBlockArgs& args, char* workspace, const Workspace& parts) {
+AttentionArgs attention_args(const AttentionBlockArgs& args, char* workspace,
+                             const Workspace& parts) {
   const int64_t hidden_size = args.num_heads * args.head_dim, bytes = element_size(args.dtype);
   const HeadStrides qkv_strides = {args.q_len * 3 * hidden_size, args.head_dim, 3 * hidden_size};
   AttentionArgs attention = {};
@@ -54,44 +55,50 @@ Workspace workspace_parts(const AttentionBlockArgs& args) {
   parts.attention = parts.context + workspace_part(args.total_tokens * hidden_size * bytes);
   const AttentionArgs attention = attention_args(args, nullptr, parts);
   const bool decode = takes_decode_attention(attention);
-  parts.end = parts.attention + (decode ? workspace_part(decode_attention_workspace_bytes(attention)) : 0);
+  parts.end =
+      parts.attention + (decode ? workspace_part(decode_attention_workspace_bytes(attention)) : 0);
   return parts;
 }
 
-// Copies the new keys (blockIdx.z = 0) and values (1) of one token a blockIdx.y from the packed q/k/v rows to their place
-// in the cache. kVector > 1 needs head_dim, strides and addresses that are 16-byte aligned.
+// Copies the new keys (blockIdx.z = 0) and values (1) of one token a blockIdx.y from the packed
+// q/k/v rows to their place in the cache. kVector > 1 needs head_dim, strides and addresses that
+// are 16-byte aligned.
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kCacheThreads) cache_write_kernel(T* key_cache, T* value_cache, const T* qkv,
-                                                                    HeadStrides strides, int64_t past_len, int q_len,
-                                                                    int head_dim, int hidden_size) {
+__global__ void __launch_bounds__(kCacheThreads)
+    cache_write_kernel(T* key_cache, T* value_cache, const T* qkv, HeadStrides strides,
+                       int64_t past_len, int q_len, int head_dim, int hidden_size) {
   release_dependents();
   wait_for_predecessor();
   const int column = (blockIdx.x * kCacheThreads + threadIdx.x) * kVector;
   if (column >= hidden_size) return;
   const int token = blockIdx.y, head = column / head_dim;
   const T* source = qkv + (int64_t(token) * 3 + 1 + blockIdx.z) * hidden_size + column;
-  T* target = (blockIdx.z == 0 ? key_cache : value_cache) + token / q_len * strides.batch + head * strides.head +
-              (past_len + token % q_len) * strides.token + (column - head * head_dim);
-  *reinterpret_cast<Vector<T, kVector>*>(target) = *reinterpret_cast<const Vector<T, kVector>*>(source);
+  T* target = (blockIdx.z == 0 ? key_cache : value_cache) + token / q_len * strides.batch +
+              head * strides.head + (past_len + token % q_len) * strides.token +
+              (column - head * head_dim);
+  *reinterpret_cast<Vector<T, kVector>*>(target) =
+      *reinterpret_cast<const Vector<T, kVector>*>(source);
 }
 
 template <typename T>
 cudaError_t launch_cache_write(const AttentionBlockArgs& args, const T* qkv, cudaStream_t stream) {
   const int64_t hidden_size = args.num_heads * args.head_dim;
   constexpr int kVector = kVectorSize<T>;
-  const bool vectors = args.head_dim % kVector == 0 && is_aligned(args.key_cache) && is_aligned(args.value_cache) &&
-                       is_aligned(qkv) && args.cache_strides.batch % kVector == 0 &&
-                       args.cache_strides.head % kVector == 0 && args.cache_strides.token % kVector == 0;
+  const bool vectors =
+      args.head_dim % kVector == 0 && is_aligned(args.key_cache) && is_aligned(args.value_cache) &&
+      is_aligned(qkv) && args.cache_strides.batch % kVector == 0 &&
+      args.cache_strides.head % kVector == 0 && args.cache_strides.token % kVector == 0;
   LaunchConfig config;
   config.stream = stream;
   config.chained = true;
   config.block = dim3(kCacheThreads);
-  config.grid = dim3(static_cast<unsigned>(ceil_div(hidden_size, kCacheThreads * (vectors ? kVector : 1))),
-                     static_cast<unsigned>(args.total_tokens), 2);
+  config.grid =
+      dim3(static_cast<unsigned>(ceil_div(hidden_size, kCacheThreads * (vectors ? kVector : 1))),
+           static_cast<unsigned>(args.total_tokens), 2);
   return launch(config, vectors ? cache_write_kernel<T, kVector> : cache_write_kernel<T, 1>,
-                static_cast<T*>(args.key_cache), static_cast<T*>(args.value_cache), qkv, args.cache_strides,
-                args.past_len, static_cast<int>(args.q_len), static_cast<int>(args.head_dim),
-                static_cast<int>(hidden_size));
+                static_cast<T*>(args.key_cache), static_cast<T*>(args.value_cache), qkv,
+                args.cache_strides, args.past_len, static_cast<int>(args.q_len),
+                static_cast<int>(args.head_dim), static_cast<int>(hidden_size));
 }
 
 template <typename T>
@@ -160,11 +167,14 @@ cudaError_t launch_attention_block(const AttentionBlockArgs& args, cudaStream_t 
 
 }  // namespace
 
-int64_t attention_block_workspace_bytes(const AttentionBlockArgs& args) { return workspace_parts(args).end; }
+int64_t attention_block_workspace_bytes(const AttentionBlockArgs& args) {
+  return workspace_parts(args).end;
+}
 
 Status attention_block(const AttentionBlockArgs& args, const Context& context) {
   constexpr int64_t kMaxHeadDim = 256;
-  if (args.total_tokens > kMaxSkinnyRows || args.head_dim > kMaxHeadDim) return Status{Status::kUnsupported};
+  if (args.total_tokens > kMaxSkinnyRows || args.head_dim > kMaxHeadDim)
+    return Status{Status::kUnsupported};
   if (args.total_tokens == 0) return Status{};
   return to_status(dispatch_dtype(args.dtype, [&](auto element) {
     return launch_attention_block<decltype(element)>(args, stream_of(context));

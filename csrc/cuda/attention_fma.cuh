@@ -1,5 +1,5 @@
-// Attention of many queries in plain fp32 arithmetic: online softmax over blocks of keys (FlashAttention-2, Dao 2023,
-// arXiv:2307.08691) in shared memory, no TF32.
+// Attention of many queries in plain fp32 arithmetic: online softmax over blocks of keys
+// (FlashAttention-2, Dao 2023, arXiv:2307.08691) in shared memory, no TF32.
 #pragma once
 
 #include "cuda/attention_params.cuh"
@@ -8,8 +8,8 @@ namespace eet_patch::cuda {
 
 constexpr int kFmaThreads = 128;
 constexpr int kFmaQueries = 32;
-constexpr int kFmaRows = 2;       // queries of a thread
-constexpr int kFmaColumns = 8;    // threads side by side on a query
+constexpr int kFmaRows = 2;     // queries of a thread
+constexpr int kFmaColumns = 8;  // threads side by side on a query
 
 template <int kHeadDim>
 struct FmaTile {
@@ -21,8 +21,8 @@ struct FmaTile {
 };
 
 template <int kRows, int kHeadDim, int kStride>
-__device__ __forceinline__ void load_rows(float* target, const float* source, int64_t token_stride, int first, int limit,
-                                          int head_dim, bool vectors) {
+__device__ __forceinline__ void load_rows(float* target, const float* source, int64_t token_stride,
+                                          int first, int limit, int head_dim, bool vectors) {
   constexpr int kVectors = kHeadDim / 4;
   for (int i = threadIdx.x; i < kRows * kVectors; i += kFmaThreads) {
     const int row = i / kVectors, column = i % kVectors * 4;
@@ -42,10 +42,12 @@ __device__ __forceinline__ void load_rows(float* target, const float* source, in
   }
 }
 
-// A block owns 32 queries of one head; thread (y, x) of 16 x 8 two of them, every 8th key, and every 8th group of four
-// output columns. Keys and then values of a block of kKeys pass through one buffer. head_dim <= kHeadDim, zero-padded.
+// A block owns 32 queries of one head; thread (y, x) of 16 x 8 two of them, every 8th key, and
+// every 8th group of four output columns. Keys and then values of a block of kKeys pass through one
+// buffer. head_dim <= kHeadDim, zero-padded.
 template <int kHeadDim>
-__global__ void __launch_bounds__(kFmaThreads) attention_fma_kernel(const AttentionParams<float> p) {
+__global__ void __launch_bounds__(kFmaThreads)
+    attention_fma_kernel(const AttentionParams<float> p) {
   using Tile = FmaTile<kHeadDim>;
   constexpr int kKeys = Tile::kKeys, kStride = Tile::kStride;
   constexpr int kThreadKeys = kKeys / kFmaColumns, kGroups = kHeadDim / (4 * kFmaColumns);
@@ -60,18 +62,19 @@ __global__ void __launch_bounds__(kFmaThreads) attention_fma_kernel(const Attent
   const AttentionSequence<float> sequence(p, blockIdx.z, blockIdx.y, first_query, kFmaQueries);
   if (first_query >= sequence.q_len) return;
   const int x = threadIdx.x % kFmaColumns, y = threadIdx.x / kFmaColumns;
-  load_rows<kFmaQueries, kHeadDim, kStride>(queries, sequence.query, p.query_strides.token, first_query, sequence.q_len,
-                                            p.head_dim, p.vectors);
+  load_rows<kFmaQueries, kHeadDim, kStride>(queries, sequence.query, p.query_strides.token,
+                                            first_query, sequence.q_len, p.head_dim, p.vectors);
 
   float out[kFmaRows][kGroups][4] = {};
   float maximum[kFmaRows], total[kFmaRows];
 #pragma unroll
   for (int r = 0; r < kFmaRows; ++r) maximum[r] = -INFINITY, total[r] = 0.0f;
 
-  for (int first_key = sequence.kv_begin / kKeys * kKeys; first_key < sequence.kv_end; first_key += kKeys) {
+  for (int first_key = sequence.kv_begin / kKeys * kKeys; first_key < sequence.kv_end;
+       first_key += kKeys) {
     __syncthreads();
-    load_rows<kKeys, kHeadDim, kStride>(buffer, sequence.key, p.key_strides.token, first_key, sequence.kv_len, p.head_dim,
-                                        p.vectors);
+    load_rows<kKeys, kHeadDim, kStride>(buffer, sequence.key, p.key_strides.token, first_key,
+                                        sequence.kv_len, p.head_dim, p.vectors);
     __syncthreads();
     float scores[kFmaRows][kThreadKeys] = {};
 #pragma unroll 4
@@ -83,10 +86,12 @@ __global__ void __launch_bounds__(kFmaThreads) attention_fma_kernel(const Attent
       }
 #pragma unroll
       for (int k = 0; k < kThreadKeys; ++k) {
-        const float4 b = *reinterpret_cast<const float4*>(buffer + (k * kFmaColumns + x) * kStride + d);
+        const float4 b =
+            *reinterpret_cast<const float4*>(buffer + (k * kFmaColumns + x) * kStride + d);
 #pragma unroll
         for (int r = 0; r < kFmaRows; ++r) {
-          scores[r][k] = fmaf(a[r].x, b.x, fmaf(a[r].y, b.y, fmaf(a[r].z, b.z, fmaf(a[r].w, b.w, scores[r][k]))));
+          scores[r][k] = fmaf(
+              a[r].x, b.x, fmaf(a[r].y, b.y, fmaf(a[r].z, b.z, fmaf(a[r].w, b.w, scores[r][k]))));
         }
       }
     }
@@ -97,17 +102,18 @@ __global__ void __launch_bounds__(kFmaThreads) attention_fma_kernel(const Attent
       float highest = maximum[r];
 #pragma unroll
       for (int k = 0; k < kThreadKeys; ++k) {
-        scores[r][k] = sequence.masked(p, scores[r][k], first_query + row, first_key + k * kFmaColumns + x);
+        scores[r][k] =
+            sequence.masked(p, scores[r][k], first_query + row, first_key + k * kFmaColumns + x);
         highest = fmaxf(highest, scores[r][k]);
       }
       highest = warp_max<kFmaColumns>(highest);
       const float shift = highest == -INFINITY ? 0.0f : highest;
-      const float correction = exp2f(maximum[r] - shift);
+      const float correction = exp2_fast(maximum[r] - shift);
       maximum[r] = highest;
       total[r] *= correction;
 #pragma unroll
       for (int k = 0; k < kThreadKeys; ++k) {
-        const float probability = exp2f(scores[r][k] - shift);
+        const float probability = exp2_fast(scores[r][k] - shift);
         total[r] += probability;
         probabilities[row * Tile::kProbabilityStride + k * kFmaColumns + x] = probability;
       }
@@ -118,17 +124,19 @@ __global__ void __launch_bounds__(kFmaThreads) attention_fma_kernel(const Attent
       }
     }
     __syncthreads();
-    load_rows<kKeys, kHeadDim, kStride>(buffer, sequence.value, p.value_strides.token, first_key, sequence.kv_len,
-                                        p.head_dim, p.vectors);
+    load_rows<kKeys, kHeadDim, kStride>(buffer, sequence.value, p.value_strides.token, first_key,
+                                        sequence.kv_len, p.head_dim, p.vectors);
     __syncthreads();
 #pragma unroll 4
     for (int k = 0; k < kKeys; ++k) {
       float probability[kFmaRows];
 #pragma unroll
-      for (int r = 0; r < kFmaRows; ++r) probability[r] = probabilities[(y * kFmaRows + r) * Tile::kProbabilityStride + k];
+      for (int r = 0; r < kFmaRows; ++r)
+        probability[r] = probabilities[(y * kFmaRows + r) * Tile::kProbabilityStride + k];
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
-        const float4 v = *reinterpret_cast<const float4*>(buffer + k * kStride + (group * kFmaColumns + x) * 4);
+        const float4 v =
+            *reinterpret_cast<const float4*>(buffer + k * kStride + (group * kFmaColumns + x) * 4);
 #pragma unroll
         for (int r = 0; r < kFmaRows; ++r) {
           out[r][group][0] = fmaf(probability[r], v.x, out[r][group][0]);

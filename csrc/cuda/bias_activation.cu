@@ -1,5 +1,5 @@
-// Bias and activation over a matrix: bound by memory. A thread keeps one vector of columns, so its part of the bias stays
-// in registers, and walks down the rows.
+// Bias and activation over a matrix: bound by memory. A thread keeps one vector of columns, so its
+// part of the bias stays in registers, and walks down the rows.
 #include <algorithm>
 
 #include "common/activation.cuh"
@@ -12,16 +12,19 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kMaxRowBlocks = 4096;  // grid.y; more rows than that are walked
 
-// Thread (x, y) of a block owns column vector blockIdx.x * blockDim.x + x of every (blockDim.y * gridDim.y)-th row.
-// kVector > 1 needs 16-byte aligned rows. Reads and writes every element once; out may be input.
+// Thread (x, y) of a block owns column vector blockIdx.x * blockDim.x + x of every (blockDim.y *
+// gridDim.y)-th row. kVector > 1 needs 16-byte aligned rows. Reads and writes every element once;
+// out may be input.
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads) bias_activation_kernel(T* out, const T* input, const T* bias, int64_t rows,
-                                                                   int64_t size, Activation activation) {
+__global__ void __launch_bounds__(kThreads)
+    bias_activation_kernel(T* out, const T* input, const T* bias, int64_t rows, int64_t size,
+                           Activation activation) {
   const int64_t column = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kVector;
   if (column >= size) return;
   float added[kVector] = {};
   if (bias != nullptr) load_vector(bias + column, added);
-  for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < rows; row += blockDim.y * gridDim.y) {
+  for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < rows;
+       row += blockDim.y * gridDim.y) {
     float values[kVector];
     load_vector(input + row * size + column, values);
 #pragma unroll
@@ -39,18 +42,21 @@ cudaError_t launch_columns(const BiasActivationArgs& args, cudaStream_t stream) 
   LaunchConfig config;
   config.stream = stream;
   config.block = dim3(threads_x, threads_y);
-  config.grid = dim3(static_cast<unsigned>(ceil_div(vectors, threads_x)),
-                     static_cast<unsigned>(std::min<int64_t>(ceil_div(args.rows, threads_y), kMaxRowBlocks)));
-  return launch(config, bias_activation_kernel<T, kVector>, static_cast<T*>(args.out), static_cast<const T*>(args.input),
-                static_cast<const T*>(args.bias), args.rows, args.size, args.activation);
+  config.grid =
+      dim3(static_cast<unsigned>(ceil_div(vectors, threads_x)),
+           static_cast<unsigned>(std::min<int64_t>(ceil_div(args.rows, threads_y), kMaxRowBlocks)));
+  return launch(config, bias_activation_kernel<T, kVector>, static_cast<T*>(args.out),
+                static_cast<const T*>(args.input), static_cast<const T*>(args.bias), args.rows,
+                args.size, args.activation);
 }
 
 template <typename T>
 cudaError_t launch_bias_activation(const BiasActivationArgs& args, cudaStream_t stream) {
   if (args.rows == 0 || args.size == 0) return cudaSuccess;
-  const bool vectors = args.size % kVectorSize<T> == 0 && is_aligned(args.out) && is_aligned(args.input) &&
-                       is_aligned(args.bias);
-  return vectors ? launch_columns<T, kVectorSize<T>>(args, stream) : launch_columns<T, 1>(args, stream);
+  const bool vectors = args.size % kVectorSize<T> == 0 && is_aligned(args.out) &&
+                       is_aligned(args.input) && is_aligned(args.bias);
+  return vectors ? launch_columns<T, kVectorSize<T>>(args, stream)
+                 : launch_columns<T, 1>(args, stream);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// Word, position and token type embeddings summed, and optionally layer-normed (Ba et al. 2016, arXiv:1607.06450): a
-// warp or a block of four warps owns a row and holds the sum in registers. An index outside its table traps.
+// Word, position and token type embeddings summed, and optionally layer-normed (Ba et al. 2016,
+// arXiv:1607.06450): a warp or a block of four warps owns a row and holds the sum in registers. An
+// index outside its table traps.
 #include "common/launch.cuh"
 #include "common/row_norm.cuh"
 
@@ -7,7 +8,7 @@ namespace eet_patch::cuda {
 namespace {
 
 constexpr int kBlockWarps = 4;
-constexpr int kRowsPerBlock = 4;    // a warp each
+constexpr int kRowsPerBlock = 4;  // a warp each
 constexpr int kWarpMaxSize = 1024;
 constexpr int kFewRows = 256;
 
@@ -28,23 +29,27 @@ __device__ __forceinline__ int64_t checked_index(int64_t index, int64_t count) {
 
 // Rows and vectors as in layernorm_kernel. Reads up to three table rows and writes one.
 template <typename T, int kWarps, int kVector>
-__global__ void __launch_bounds__(kBlockWarps* kWarpSize) embedding_kernel(const EmbeddingParams<T> p) {
+__global__ void __launch_bounds__(kBlockWarps* kWarpSize)
+    embedding_kernel(const EmbeddingParams<T> p) {
   __shared__ float shared[kWarps];
-  const int64_t row = kWarps > 1 ? int64_t(blockIdx.x) : int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarpSize;
+  const int64_t row = kWarps > 1 ? int64_t(blockIdx.x)
+                                 : int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarpSize;
   if (row >= p.rows) return;
   const T* word = p.word_weight + checked_index(p.input_ids[row], p.vocab_size) * p.size;
   const T* position = nullptr;
   if (p.position_weight != nullptr) {
-    position = p.position_weight + checked_index(p.position_ids[row % p.position_count], p.num_positions) * p.size;
+    position = p.position_weight +
+               checked_index(p.position_ids[row % p.position_count], p.num_positions) * p.size;
   }
   const T* token_type = nullptr;
   if (p.token_type_weight != nullptr) {
-    const int64_t type = p.token_type_ids != nullptr ? p.token_type_ids[row % p.token_type_count] : 0;
+    const int64_t type =
+        p.token_type_ids != nullptr ? p.token_type_ids[row % p.token_type_count] : 0;
     token_type = p.token_type_weight + checked_index(type, p.num_token_types) * p.size;
   }
   T* out = p.out + row * p.size;
 
-  auto load = [&](int column, float(&values)[kVector]) {
+  auto load = [&](int column, float (&values)[kVector]) {
     load_vector(word + column, values);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) values[i] *= p.word_scale;
@@ -52,7 +57,7 @@ __global__ void __launch_bounds__(kBlockWarps* kWarpSize) embedding_kernel(const
     scale_and_shift<kVector, T>(values, nullptr, position, column);
   };
   if (p.norm_weight != nullptr) {
-    auto store = [&](int column, const float(&)[kVector], float(&normalised)[kVector]) {
+    auto store = [&](int column, const float (&)[kVector], float (&normalised)[kVector]) {
       scale_and_shift(normalised, p.norm_weight, p.norm_bias, column);
       store_vector(out + column, normalised);
     };
@@ -72,7 +77,8 @@ cudaError_t launch_rows(const EmbeddingParams<T>& p, cudaStream_t stream) {
   LaunchConfig config;
   config.stream = stream;
   config.block = dim3(kBlockWarps * kWarpSize);
-  const bool warp_rows = p.size <= kWarpMaxSize && (p.rows > kFewRows || p.size <= kWarpSize * kVector);
+  const bool warp_rows =
+      p.size <= kWarpMaxSize && (p.rows > kFewRows || p.size <= kWarpSize * kVector);
   config.grid = dim3(static_cast<unsigned>(warp_rows ? ceil_div(p.rows, kRowsPerBlock) : p.rows));
   return warp_rows ? launch(config, embedding_kernel<T, 1, kVector>, p)
                    : launch(config, embedding_kernel<T, kBlockWarps, kVector>, p);

@@ -1,15 +1,16 @@
-// One feed-forward block of a layer for few tokens, as a chain of launches, each able to start before the one ahead of it
-// ends: [layer norm +] first product + activation, second product + residual [, layer norm].
-#include "cuda/launchers.h"
-
+// One feed-forward block of a layer for few tokens, as a chain of launches, each able to start
+// before the one ahead of it ends: [layer norm +] first product + activation, second product +
+// residual [, layer norm].
 #include "common/launch.cuh"
+#include "cuda/launchers.h"
 
 namespace eet_patch::cuda {
 namespace {
 
 template <typename T>
 cudaError_t launch_ffn(const FfnArgs& args, cudaStream_t stream) {
-  if (args.workspace == nullptr || args.workspace_bytes < ffn_workspace_bytes(args)) return cudaErrorInvalidValue;
+  if (args.workspace == nullptr || args.workspace_bytes < ffn_workspace_bytes(args))
+    return cudaErrorInvalidValue;
   LinearArgs first = {};
   first.out = args.workspace;
   first.input = args.hidden_states;

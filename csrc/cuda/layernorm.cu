@@ -1,5 +1,6 @@
-// Layer norm, and bias + residual + layer norm, in one kernel: a warp or a block of four warps owns a row, holds it in
-// registers, takes the mean and then the variance about it in fp32 (Ba et al. 2016, arXiv:1607.06450).
+// Layer norm, and bias + residual + layer norm, in one kernel: a warp or a block of four warps owns
+// a row, holds it in registers, takes the mean and then the variance about it in fp32 (Ba et al.
+// 2016, arXiv:1607.06450).
 #include "common/launch.cuh"
 #include "common/row_norm.cuh"
 #include "cuda/launchers.h"
@@ -7,8 +8,9 @@
 namespace eet_patch::cuda {
 namespace {
 
-constexpr int kRowsPerBlock = 4;    // a warp each
-constexpr int kBlockWarps = 4;      // a block a row, where a warp could not hold it or the rows are too few
+constexpr int kRowsPerBlock = 4;  // a warp each
+constexpr int kBlockWarps =
+    4;  // a block a row, where a warp could not hold it or the rows are too few
 constexpr int kWarpMaxSize = 1024;
 constexpr int kFewRows = 256;
 
@@ -22,20 +24,22 @@ struct NormParams {
   float eps;
 };
 
-// kWarps > 1: one block of kWarps warps a row; kWarps = 1: kRowsPerBlock warps a block, one row each. Any hidden_size;
-// kVector > 1 needs 16-byte aligned rows. Reads each operand once (up to 16 elements a thread; longer rows hit the
-// caches) and writes each result once. out may be input: an element is last read by the thread that writes it.
+// kWarps > 1: one block of kWarps warps a row; kWarps = 1: kRowsPerBlock warps a block, one row
+// each. Any hidden_size; kVector > 1 needs 16-byte aligned rows. Reads each operand once (up to 16
+// elements a thread; longer rows hit the caches) and writes each result once. out may be input: an
+// element is last read by the thread that writes it.
 template <typename T, int kWarps, int kVector>
 __global__ void __launch_bounds__(kBlockWarps* kWarpSize) layernorm_kernel(const NormParams<T> p) {
   __shared__ float shared[kWarps];
   release_dependents();
   wait_for_predecessor();
-  const int64_t row = kWarps > 1 ? int64_t(blockIdx.x) : int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarpSize;
+  const int64_t row = kWarps > 1 ? int64_t(blockIdx.x)
+                                 : int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarpSize;
   if (row >= p.rows) return;  // a whole warp leaves, so the shuffles stay full
   const int64_t offset = row * p.size;
   const T* input = p.input + offset;
 
-  auto load = [&](int column, float(&values)[kVector]) {
+  auto load = [&](int column, float (&values)[kVector]) {
     load_vector(input + column, values);
     if (p.bias != nullptr || p.residual != nullptr) {
       float other[kVector];
@@ -51,7 +55,7 @@ __global__ void __launch_bounds__(kBlockWarps* kWarpSize) layernorm_kernel(const
       }
     }
   };
-  auto store = [&](int column, const float(&values)[kVector], float(&normalised)[kVector]) {
+  auto store = [&](int column, const float (&values)[kVector], float (&normalised)[kVector]) {
     if (p.sum_out != nullptr) store_vector(p.sum_out + offset + column, values);
     scale_and_shift(normalised, p.weight, p.norm_bias, column);
     store_vector(p.out + offset + column, normalised);
@@ -65,7 +69,8 @@ cudaError_t launch_rows(const NormParams<T>& p, cudaStream_t stream, bool chaine
   config.stream = stream;
   config.chained = chained;
   config.block = dim3(kBlockWarps * kWarpSize);
-  const bool warp_rows = p.size <= kWarpMaxSize && (p.rows > kFewRows || p.size <= kWarpSize * kVector);
+  const bool warp_rows =
+      p.size <= kWarpMaxSize && (p.rows > kFewRows || p.size <= kWarpSize * kVector);
   config.grid = dim3(static_cast<unsigned>(warp_rows ? ceil_div(p.rows, kRowsPerBlock) : p.rows));
   return warp_rows ? launch(config, layernorm_kernel<T, 1, kVector>, p)
                    : launch(config, layernorm_kernel<T, kBlockWarps, kVector>, p);
@@ -74,7 +79,8 @@ cudaError_t launch_rows(const NormParams<T>& p, cudaStream_t stream, bool chaine
 }  // namespace
 
 template <typename T>
-cudaError_t launch_layernorm(const BiasResidualLayerNormArgs& args, cudaStream_t stream, bool chained) {
+cudaError_t launch_layernorm(const BiasResidualLayerNormArgs& args, cudaStream_t stream,
+                             bool chained) {
   if (args.rows == 0 || args.hidden_size == 0) return cudaSuccess;
   NormParams<T> p;
   p.out = static_cast<T*>(args.out);
@@ -87,15 +93,18 @@ cudaError_t launch_layernorm(const BiasResidualLayerNormArgs& args, cudaStream_t
   p.rows = args.rows;
   p.size = static_cast<int>(args.hidden_size);
   p.eps = args.eps;
-  const bool vectors = args.hidden_size % kVectorSize<T> == 0 && is_aligned(args.out) && is_aligned(args.sum_out) &&
-                       is_aligned(args.input) && is_aligned(args.bias) && is_aligned(args.residual) &&
+  const bool vectors = args.hidden_size % kVectorSize<T> == 0 && is_aligned(args.out) &&
+                       is_aligned(args.sum_out) && is_aligned(args.input) &&
+                       is_aligned(args.bias) && is_aligned(args.residual) &&
                        is_aligned(args.weight) && is_aligned(args.norm_bias);
-  return vectors ? launch_rows<T, kVectorSize<T>>(p, stream, chained) : launch_rows<T, 1>(p, stream, chained);
+  return vectors ? launch_rows<T, kVectorSize<T>>(p, stream, chained)
+                 : launch_rows<T, 1>(p, stream, chained);
 }
 
 template cudaError_t launch_layernorm<float>(const BiasResidualLayerNormArgs&, cudaStream_t, bool);
 template cudaError_t launch_layernorm<__half>(const BiasResidualLayerNormArgs&, cudaStream_t, bool);
-template cudaError_t launch_layernorm<__nv_bfloat16>(const BiasResidualLayerNormArgs&, cudaStream_t, bool);
+template cudaError_t launch_layernorm<__nv_bfloat16>(const BiasResidualLayerNormArgs&, cudaStream_t,
+                                                     bool);
 
 Status bias_residual_layernorm(const BiasResidualLayerNormArgs& args, const Context& context) {
   return to_status(dispatch_dtype(args.dtype, [&](auto element) {

@@ -1,6 +1,7 @@
-// Products of few rows with a weight in place, in either order, up to three weights side by side, with layer norm before
-// and bias, activation and residual after. fp16 and bf16 of aligned sizes go to the tensor core kernel of
-// linear_mma.cuh; fp32 (never TF32) and sizes that 16-byte loads cannot serve go to the two plain FMA kernels here.
+// Products of few rows with a weight in place, in either order, up to three weights side by side,
+// with layer norm before and bias, activation and residual after. fp16 and bf16 of aligned sizes go
+// to the tensor core kernel of linear_mma.cuh; fp32 (never TF32) and sizes that 16-byte loads
+// cannot serve go to the two plain FMA kernels here.
 #include <algorithm>
 
 #include "cuda/launchers.h"
@@ -9,15 +10,16 @@
 namespace eet_patch::cuda {
 namespace {
 
-constexpr int kRowBlock = 8;          // rows of the batch that share one pass over the weights
+constexpr int kRowBlock = 8;  // rows of the batch that share one pass over the weights
 constexpr int kPlainWarps = 8;
 constexpr int kInOutWarps = 16;
-constexpr int kReservedShared = 1024 + 2 * kMaxSkinnyRows * 4;  // the driver's share of a block, and the statistics
+constexpr int kReservedShared = 2048;  // the driver's share of a block, and the static arrays
 
-// (out, in) weights: a warp owns one output column and strides over k; the input comes through L1. Any sizes; kVector > 1
-// needs 16-byte aligned rows. Moves every weight once per kRowBlock rows.
+// (out, in) weights: a warp owns one output column and strides over k; the input comes through L1.
+// Any sizes; kVector > 1 needs 16-byte aligned rows. Moves every weight once per kRowBlock rows.
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kPlainWarps* kWarpSize) linear_out_in_kernel(const LinearParams<T> p) {
+__global__ void __launch_bounds__(kPlainWarps* kWarpSize)
+    linear_out_in_kernel(const LinearParams<T> p) {
   __shared__ float means[kMaxSkinnyRows], scales[kMaxSkinnyRows];
   release_dependents();
   wait_for_predecessor();
@@ -29,7 +31,8 @@ __global__ void __launch_bounds__(kPlainWarps* kWarpSize) linear_out_in_kernel(c
   const int lane = threadIdx.x % kWarpSize;
   const int64_t column = int64_t(blockIdx.x) * kPlainWarps + threadIdx.x / kWarpSize;
   if (column >= int64_t(p.num_weights) * p.out_features) return;
-  const int which = static_cast<int>(column / p.out_features), n = static_cast<int>(column % p.out_features);
+  const int which = static_cast<int>(column / p.out_features),
+            n = static_cast<int>(column % p.out_features);
   const T* weight = p.weight(which) + int64_t(n) * p.in_features;
 
   for (int first = 0; first < p.rows; first += kRowBlock) {
@@ -64,10 +67,11 @@ __global__ void __launch_bounds__(kPlainWarps* kWarpSize) linear_out_in_kernel(c
   }
 }
 
-// (in, out) weights: a block owns 32 columns, a lane one of them, and its 16 warps split k; partial sums meet in shared
-// memory and are added in the order of the warps. Any sizes.
+// (in, out) weights: a block owns 32 columns, a lane one of them, and its 16 warps split k; partial
+// sums meet in shared memory and are added in the order of the warps. Any sizes.
 template <typename T>
-__global__ void __launch_bounds__(kInOutWarps* kWarpSize) linear_in_out_kernel(const LinearParams<T> p) {
+__global__ void __launch_bounds__(kInOutWarps* kWarpSize)
+    linear_in_out_kernel(const LinearParams<T> p) {
   __shared__ float means[kMaxSkinnyRows], scales[kMaxSkinnyRows];
   __shared__ float partial[kInOutWarps][kRowBlock][kWarpSize];
   release_dependents();
@@ -79,7 +83,8 @@ __global__ void __launch_bounds__(kInOutWarps* kWarpSize) linear_in_out_kernel(c
   }
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int tiles_per_weight = (p.out_features + kWarpSize - 1) / kWarpSize;
-  const int which = blockIdx.x / tiles_per_weight, column = (blockIdx.x % tiles_per_weight) * kWarpSize;
+  const int which = blockIdx.x / tiles_per_weight,
+            column = (blockIdx.x % tiles_per_weight) * kWarpSize;
   const int n = column + lane;
   const T* weight = p.weight(which) + min(n, p.out_features - 1);
 
@@ -122,10 +127,11 @@ cudaError_t launch_mma(const LinearParams<T>& p, LaunchConfig config) {
   const int max_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int tiles = static_cast<int>(ceil_div(p.out_features, Tile::kColumns)) * p.num_weights;
 
-  // (in, out) tiles are wide, so there are few of them: split K over a cluster until the chip is full.
+  // (in, out) tiles are wide, so there are few of them: split K over a cluster while each block can
+  // have its own multiprocessor (two waves of clusters cost more than idle multiprocessors).
   int ranks = 1;
   if (kInOut && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
-    while (ranks < 8 && tiles * ranks < multiprocessors && p.in_features / (2 * ranks) >= 64) ranks *= 2;
+    ranks = std::max(1, std::min({8, multiprocessors / tiles, p.in_features / 64}));
   }
   const int k_per_rank = static_cast<int>(round_up(ceil_div(p.in_features, ranks), Tile::kWarpK));
   const int64_t rank_bytes = ranks > 1 ? int64_t(p.rows) * Tile::kColumns * 4 : 0;
@@ -134,12 +140,17 @@ cudaError_t launch_mma(const LinearParams<T>& p, LaunchConfig config) {
   if (fitting < kUnitK) return cudaErrorInvalidConfiguration;
   const int panel_k = static_cast<int>(std::min<int64_t>(round_up(k_per_rank, kUnitK), fitting));
 
-  const int blocks = std::min(tiles, std::max(1, 2 * multiprocessors / ranks)) * ranks;
-  config.grid = dim3(static_cast<unsigned>(blocks));
+  config.shared_bytes =
+      round_up(int64_t(p.rows) * (panel_k + Tile::kPad) * int64_t(sizeof(T)), 16) +
+      Tile::kSumBytes + rank_bytes;
+  const int64_t multiprocessor_bytes =
+      device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  const bool two =
+      kRows <= 16 && 2 * int64_t(config.shared_bytes + kReservedShared) <= multiprocessor_bytes;
+  const int resident = (two ? 2 : 1) * multiprocessors;  // blocks at a time; each walks its tiles
+  config.grid = dim3(static_cast<unsigned>(std::min(tiles, std::max(1, resident / ranks)) * ranks));
   config.block = dim3(kLinearThreads);
   config.cluster_size = ranks;
-  config.shared_bytes = round_up(int64_t(p.rows) * (panel_k + Tile::kPad) * int64_t(sizeof(T)), 16) + Tile::kSumBytes +
-                        rank_bytes;
   return launch(config, linear_mma_kernel<T, kRows, kInOut>, p, panel_k, k_per_rank);
 }
 
@@ -161,7 +172,8 @@ cudaError_t launch_linear(const LinearArgs& args, cudaStream_t stream, bool chai
   p.input = static_cast<const T*>(args.input);
   const T* weights[3];
   const T* biases[3];
-  bool aligned = is_aligned(args.input) && is_aligned(args.norm_weight) && is_aligned(args.norm_bias);
+  bool aligned =
+      is_aligned(args.input) && is_aligned(args.norm_weight) && is_aligned(args.norm_bias);
   for (int i = 0; i < 3; ++i) {
     const int from = i < args.num_weights ? i : 0;
     weights[i] = static_cast<const T*>(args.weight[from]);
@@ -181,22 +193,27 @@ cudaError_t launch_linear(const LinearArgs& args, cudaStream_t stream, bool chai
   p.num_weights = args.num_weights;
   p.norm_eps = args.norm_eps;
   p.activation = args.activation;
-  aligned = aligned && args.in_features % kVectorSize<T> == 0 && args.input_stride % kVectorSize<T> == 0;
+  aligned =
+      aligned && args.in_features % kVectorSize<T> == 0 && args.input_stride % kVectorSize<T> == 0;
 
   LaunchConfig config;
   config.stream = stream;
   config.chained = chained;
   if constexpr (sizeof(T) == 2) {
-    if (aligned && args.in_features > 0 && (!args.in_out || args.out_features % kVectorSize<T> == 0)) {
-      return args.in_out ? launch_mma_rows<T, true>(p, config) : launch_mma_rows<T, false>(p, config);
+    if (aligned && args.in_features > 0 &&
+        (!args.in_out || args.out_features % kVectorSize<T> == 0)) {
+      return args.in_out ? launch_mma_rows<T, true>(p, config)
+                         : launch_mma_rows<T, false>(p, config);
     }
   }
   if (args.in_out) {
-    config.grid = dim3(static_cast<unsigned>(ceil_div(args.out_features, kWarpSize) * args.num_weights));
+    config.grid =
+        dim3(static_cast<unsigned>(ceil_div(args.out_features, kWarpSize) * args.num_weights));
     config.block = dim3(kInOutWarps * kWarpSize);
     return launch(config, linear_in_out_kernel<T>, p);
   }
-  config.grid = dim3(static_cast<unsigned>(ceil_div(args.out_features * args.num_weights, kPlainWarps)));
+  config.grid =
+      dim3(static_cast<unsigned>(ceil_div(args.out_features * args.num_weights, kPlainWarps)));
   config.block = dim3(kPlainWarps * kWarpSize);
   if constexpr (sizeof(T) == 4) {
     if (aligned) return launch(config, linear_out_in_kernel<T, kVectorSize<T>>, p);

@@ -1,4 +1,5 @@
-// What both linear kernels share: their argument, the side-by-side weights, the fused layer norm and the epilogue.
+// What both linear kernels share: their argument, the side-by-side weights, the fused layer norm
+// and the epilogue.
 #pragma once
 
 #include "common/activation.cuh"
@@ -21,13 +22,19 @@ struct LinearParams {
   float norm_eps;
   Activation activation;
 
-  __device__ __forceinline__ const T* weight(int i) const { return i == 0 ? weight0 : i == 1 ? weight1 : weight2; }
-  __device__ __forceinline__ const T* bias(int i) const { return i == 0 ? bias0 : i == 1 ? bias1 : bias2; }
+  __device__ __forceinline__ const T* weight(int i) const {
+    return i == 0 ? weight0 : i == 1 ? weight1 : weight2;
+  }
+  __device__ __forceinline__ const T* bias(int i) const {
+    return i == 0 ? bias0 : i == 1 ? bias1 : bias2;
+  }
 };
 
-// out[row][column of weight `which`] from the finished sum: bias, activation, residual, in that order and in float.
+// out[row][column of weight `which`] from the finished sum: bias, activation, residual, in that
+// order and in float.
 template <typename T>
-__device__ __forceinline__ void finish_element(const LinearParams<T>& p, int row, int which, int column, float sum) {
+__device__ __forceinline__ void finish_element(const LinearParams<T>& p, int row, int which,
+                                               int column, float sum) {
   const T* bias = p.bias(which);
   if (bias != nullptr) sum += to_float(bias[column]);
   sum = activate(sum, p.activation);
@@ -36,9 +43,11 @@ __device__ __forceinline__ void finish_element(const LinearParams<T>& p, int row
   p.out[at] = from_float<T>(sum);
 }
 
-// Mean and 1 / sqrt(variance + eps) of every input row, a warp a row. kVector > 1 needs 16-byte aligned rows.
+// Mean and 1 / sqrt(variance + eps) of every input row, a warp a row. kVector > 1 needs 16-byte
+// aligned rows.
 template <typename T, int kVector>
-__device__ __forceinline__ void row_statistics(const LinearParams<T>& p, float* means, float* scales) {
+__device__ __forceinline__ void row_statistics(const LinearParams<T>& p, float* means,
+                                               float* scales) {
   const int lane = threadIdx.x % kWarpSize;
   for (int row = threadIdx.x / kWarpSize; row < p.rows; row += blockDim.x / kWarpSize) {
     const T* input = p.input + row * p.input_stride;
@@ -66,8 +75,8 @@ __device__ __forceinline__ void row_statistics(const LinearParams<T>& p, float* 
 
 // values = (values - mean) * scale * norm_weight + norm_bias at column k.
 template <typename T, int kVector>
-__device__ __forceinline__ void apply_norm(const LinearParams<T>& p, float (&values)[kVector], int k, float mean,
-                                           float scale) {
+__device__ __forceinline__ void apply_norm(const LinearParams<T>& p, float (&values)[kVector],
+                                           int k, float mean, float scale) {
   float other[kVector];
   load_vector(p.norm_weight + k, other);
 #pragma unroll

@@ -1,1 +1,3 @@
-"""One module per host layer: what it supports, and how its parameters, masks and caches become ours."""
+"""One module per host layer: what it supports, and how its parameters, masks and caches become
+ours.
+"""

@@ -192,7 +192,7 @@ def _norm(module: nn.LayerNorm) -> Norm:
 
 
 def _parts(attention: dict[str, Any]) -> tuple[Any, dict[str, Any], Norm]:
-    """The inner attention, the parameters of the output projection and the norm of a BertAttention."""
+    """Inner attention, parameters of the output projection and norm of a BertAttention."""
     output = attention["output"]._modules
     return attention["self"], output["dense"]._parameters, _norm(output["LayerNorm"])
 

@@ -1,4 +1,6 @@
-"""GPT2Block of transformers 4.56 to 5.23: pre-norm self-attention, optional cross-attention, feed-forward."""
+"""GPT2Block of transformers 4.56 to 5.23: pre-norm self-attention, optional cross-attention,
+feed-forward.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,8 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
                 # Before 5.0 the eager function was causal by itself; since then the mask says so.
                 causal = in_attention_only
             elif implementation == "sdpa":
-                # Without a mask sdpa aligns causality with the first key, and keys beyond q_len don't count.
+                # Without a mask sdpa aligns causality with the first key, and keys beyond q_len
+                # don't count.
                 causal = given is None
                 crop = causal
             else:
@@ -189,7 +192,9 @@ def _norms_reason(like: Tensor, *norms: Any) -> str | None:
 
 
 def _attention_reason(attn: Any, conv_cls: type, like: Tensor, parts: int) -> str | None:
-    """Checks c_attn (of `parts` projections), c_proj, the dropouts and the head size of a GPT2Attention."""
+    """Checks c_attn (of `parts` projections), c_proj, the dropouts and the head size of a
+    GPT2Attention.
+    """
     modules = attn._modules
     hidden_size = like.shape[-1]
     if attn.embed_dim != hidden_size or attn.head_dim * attn.num_heads != hidden_size:

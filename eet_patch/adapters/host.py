@@ -1,4 +1,6 @@
-"""What the adapters of transformers' layers share: versions, activations, masks, recorded outputs, left-over arguments."""
+"""What the adapters of transformers' layers share: versions, activations, masks, recorded outputs,
+left-over arguments.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from eet_patch.ops._extension import MASK_BOOL_KEEP, NO_MASK
 from eet_patch.ops.launch import Mask
 from eet_patch.ops.masks import attention_mask_form
 
-# Class name in transformers.activations or torch.nn -> ours. FastGELU writes the tanh formula in another order.
+# Class name in transformers.activations or torch.nn -> ours. FastGELU writes the tanh formula in
+# another order.
 ACTIVATIONS = {
     "GELUActivation": "gelu",
     "NewGELUActivation": "gelu_tanh",
@@ -72,7 +75,9 @@ def attentions_reason(arguments: dict[str, Any]) -> str | None:
 
 
 def is_recording_hook(hook: Any) -> bool:
-    """transformers' own hook that records outputs: it stays on the module, and does nothing unless asked."""
+    """transformers' own hook that records outputs: it stays on the module, and does nothing unless
+    asked.
+    """
     code = getattr(hook, "__code__", None)
     return (
         code is not None
@@ -82,7 +87,9 @@ def is_recording_hook(hook: Any) -> bool:
 
 
 def attention_implementation(config: Any) -> str:
-    """ "sdpa", "eager" or "flash" where the configured attention is transformers' own, else the reason."""
+    """ "sdpa", "eager" or "flash" where the configured attention is transformers' own, else the
+    reason.
+    """
     name = config._attn_implementation
     if name == "eager" or name is None:
         return "eager"

@@ -1,8 +1,11 @@
-"""transformers' caches: written in place where they allow it, through their own `update` everywhere else.
+"""transformers' caches: written in place where they allow it, through their own `update` everywhere
+else.
 
-A DynamicCache concatenates: every step copies all keys and values of every layer. We give its layers tensors that are
-views of a buffer with room behind them and write the new tokens there. A `_Room` remembers how much of the buffer is
-taken: a second sequence that continues from the same past finds the room taken and gets a copy, as concatenation gives.
+A DynamicCache concatenates: every step copies all keys and values of every layer. We give its
+    layers tensors that are
+views of a buffer with room behind them and write the new tokens there. A `_Room` remembers how much
+of the buffer is taken: a second sequence that continues from the same past finds the room taken and
+gets a copy, as concatenation gives.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ _rooms: weakref.WeakSet[_Room] = weakref.WeakSet()
 
 
 class _Room:
-    """A pair of buffers (batch, num_heads, capacity, head_dim) and how many of their tokens are taken."""
+    """A pair of buffers (batch, num_heads, capacity, head_dim) and how many of their tokens are
+    taken.
+    """
 
     __slots__ = ("__weakref__", "key", "taken", "value")
 
@@ -62,7 +67,9 @@ def self_attention_cache(past_key_values: Any) -> Any:
 
 
 def dynamic_layer(cache: Any, layer_idx: int) -> Any:
-    """The DynamicLayer that `update` would concatenate to, or None where `update` does something else."""
+    """The DynamicLayer that `update` would concatenate to, or None where `update` does something
+    else.
+    """
     if (
         type(cache).__name__ != "DynamicCache"
         or type(cache).__module__ != "transformers.cache_utils"
@@ -106,7 +113,8 @@ def filled(layer: Any) -> bool:
 
 
 def append_in_place(layer: Any, like: Tensor, shape: tuple[int, int, int, int]) -> KVCache | None:
-    """Gives a DynamicLayer room for q_len more tokens and makes them part of it; the caller writes them at past_len.
+    """Gives a DynamicLayer room for q_len more tokens and makes them part of it; the caller writes
+    them at past_len.
 
     Args:
         layer: from `dynamic_layer`.
@@ -167,7 +175,9 @@ def append_in_place(layer: Any, like: Tensor, shape: tuple[int, int, int, int]) 
 
 
 def updater(cache: Any, layer_idx: int, arguments: dict[str, Any], kv_len: int) -> UpdateKV:
-    """`cache.update` as the host would call it, once; kv_len is the length that the mask was read for."""
+    """`cache.update` as the host would call it, once; kv_len is the length that the mask was read
+    for.
+    """
     extra = (
         ({"cache_position": arguments["cache_position"]},) if "cache_position" in arguments else ()
     )
@@ -176,7 +186,7 @@ def updater(cache: Any, layer_idx: int, arguments: dict[str, Any], kv_len: int) 
         key, value = cache.update(key, value, layer_idx, *extra)
         if key.shape[2] != kv_len or value.shape[2] != kv_len:
             raise RuntimeError(
-                f"{type(cache).__name__}.update returned {key.shape[2]} keys where {kv_len} were expected"
+                f"{type(cache).__name__}.update returned {key.shape[2]} keys and not {kv_len}"
             )
         return key, value
 
@@ -184,7 +194,9 @@ def updater(cache: Any, layer_idx: int, arguments: dict[str, Any], kv_len: int) 
 
 
 def kept_reason(past: Any, layer_idx: int, like: Tensor, kv_len: int, head_dim: int) -> str | None:
-    """Why the cross-attention keys and values that an EncoderDecoderCache keeps can't be read, or None."""
+    """Why the cross-attention keys and values that an EncoderDecoderCache keeps can't be read, or
+    None.
+    """
     layer = past.cross_attention_cache.layers[layer_idx]
     for tensor in (layer.keys, layer.values):
         if type(tensor) is not Tensor or tensor.dtype != like.dtype or tensor.device != like.device:

@@ -42,7 +42,8 @@ def has_cuda() -> bool:
 
 
 HAS_CUDA = has_cuda()
-# MKL's products are as good as ours or better below AVX-512, where ours were measured at twice its speed.
+# MKL's products are as good as ours or better below AVX-512, where ours were measured at twice its
+# speed.
 CPU_PRODUCTS_ARE_OURS = (
     EXTENSION is not None and EXTENSION.build_info()["cpu_capability"] == "avx512"
 )

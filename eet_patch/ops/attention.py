@@ -38,23 +38,27 @@ def attention(
 ) -> Tensor:
     """Attend: `softmax(softmax_scale * query @ key^T + mask) @ value` per head, softmax in fp32.
 
-    A query that may see no key yields zeros. With is_causal, query i sees key j when j <= i + kv_len - q_len.
+    A query that may see no key yields zeros. With is_causal, query i sees key j when j <= i +
+    kv_len - q_len.
 
     Args:
-        query: (batch_size, num_heads, q_len, head_dim), any strides with a contiguous last dimension; float32,
-            float16 or bfloat16; head_dim 1 to 256. Packed: (total_tokens, num_heads, head_dim).
-        key, value: (batch_size, num_kv_heads, kv_len, head_dim), num_kv_heads dividing num_heads. Packed:
-            (total_tokens, num_kv_heads, head_dim).
-        attention_mask: bool (True = attend) or additive float, broadcastable to (batch_size, num_heads, q_len, kv_len).
-            -inf or the lowest finite value excludes a key.
+        query: (batch_size, num_heads, q_len, head_dim), any strides with a contiguous last
+            dimension; float32, float16 or bfloat16; head_dim 1 to 256. Packed: (total_tokens,
+            num_heads, head_dim).
+        key, value: (batch_size, num_kv_heads, kv_len, head_dim), num_kv_heads dividing num_heads.
+            Packed: (total_tokens, num_kv_heads, head_dim).
+        attention_mask: bool (True = attend) or additive float, broadcastable to (batch_size,
+            num_heads, q_len, kv_len). -inf or the lowest finite value excludes a key.
         key_padding_mask: bool (batch_size, kv_len), True = padding.
         is_causal: whether later keys are hidden.
         kv_start: (batch_size,), int64: keys before it are left padding.
-        cu_seqlens: (batch_size + 1,), int64, for packed tokens: where each sequence starts; no masks then.
+        cu_seqlens: (batch_size + 1,), int64, for packed tokens: where each sequence starts; no
+            masks then.
         max_seqlen: length of the longest packed sequence.
         softmax_scale: factor of the scores. Default: 1 / sqrt(head_dim).
     Returns:
-        (batch_size, q_len, num_heads, head_dim), contiguous; packed: (total_tokens, num_heads, head_dim).
+        (batch_size, q_len, num_heads, head_dim), contiguous; packed: (total_tokens, num_heads,
+        head_dim).
     Raises:
         ValueError, TypeError: on a shape, dtype, device or layout other than these.
     Source: Vaswani et al. 2017, arXiv:1706.03762; Dao 2023, arXiv:2307.08691.
@@ -68,7 +72,7 @@ def attention(
     for tensor, name in ((query, "query"), (key, "key"), (value, "value")):
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(
-                f"{name} must have a contiguous last dimension, got strides {tuple(tensor.stride())}"
+                f"{name} must have a contiguous last dimension, got strides {tensor.stride()}"
             )
     head_dim, num_heads, num_kv_heads = query.shape[-1], query.shape[1], key.shape[1]
     if not 1 <= head_dim <= MAX_HEAD_DIM:
@@ -135,7 +139,8 @@ def _check_block(
         )
     if hidden_size // num_heads > MAX_HEAD_DIM:
         raise ValueError(
-            f"num_heads must give a head_dim of at most {MAX_HEAD_DIM}, got {hidden_size // num_heads}"
+            f"num_heads must give a head_dim of at most {MAX_HEAD_DIM}, "
+            f"got {hidden_size // num_heads}"
         )
     for weight, bias, name in (*weights, (out_weight, out_bias, "out")):
         check_weight(
@@ -173,22 +178,27 @@ def multi_head_attention(
     softmax_scale: float | None = None,
     weight_layout: str = "out_in",
 ) -> Tensor:
-    """Encoder self-attention with its projections, residual and norm, every token seeing every unmasked token.
+    """Encoder self-attention with its projections, residual and norm, every token seeing every
+    unmasked token.
 
-    norm="post": `LN(x + attention(x))`; norm="pre": `x + attention(LN(x))`; None: no norm. The three projections are
-    one launch over three pointers.
+    norm="post": `LN(x + attention(x))`; norm="pre": `x + attention(LN(x))`; None: no norm. The
+    three projections are one launch over three pointers.
 
     Args:
-        hidden_states: (batch_size, seq_len, hidden_size), contiguous; float32, float16 or bfloat16. Packed (with
-            cu_seqlens): (total_tokens, hidden_size).
-        query_weight, key_weight, value_weight, out_weight: (hidden_size, hidden_size), in `weight_layout` order.
+        hidden_states: (batch_size, seq_len, hidden_size), contiguous; float32, float16 or bfloat16.
+            Packed (with cu_seqlens): (total_tokens, hidden_size).
+        query_weight, key_weight, value_weight, out_weight: (hidden_size, hidden_size), in
+            `weight_layout` order.
         query_bias, key_bias, value_bias, out_bias: (hidden_size,) or None.
         num_heads: divides hidden_size; head_dim at most 256.
-        norm, norm_weight, norm_bias, norm_eps: placement, (hidden_size,) parameters and epsilon of the layer norm.
+        norm, norm_weight, norm_bias, norm_eps: placement, (hidden_size,) parameters and epsilon of
+            the layer norm.
         add_residual: whether hidden_states is added to the result.
-        attention_mask: bool (True = attend) or additive float, broadcastable to (batch_size, num_heads, seq_len, seq_len).
+        attention_mask: bool (True = attend) or additive float, broadcastable to (batch_size,
+            num_heads, seq_len, seq_len).
         key_padding_mask: bool (batch_size, seq_len), True = padding.
-        cu_seqlens, max_seqlen: starts of the packed sequences, (batch_size + 1,) int64, and the longest length.
+        cu_seqlens, max_seqlen: starts of the packed sequences, (batch_size + 1,) int64, and the
+            longest length.
         softmax_scale: factor of the scores. Default: 1 / sqrt(head_dim).
         weight_layout: "out_in" (`nn.Linear`) or "in_out" (`Conv1D`).
     Returns:
@@ -204,9 +214,18 @@ def multi_head_attention(
     )
     packed = cu_seqlens is not None
     placed = _check_block(
-        hidden_states, weights, out_weight, out_bias, num_heads, norm, norm_weight, norm_bias, norm_eps,
-        weight_layout, 2 if packed else 3,
-    )  # fmt: skip
+        hidden_states,
+        weights,
+        out_weight,
+        out_bias,
+        num_heads,
+        norm,
+        norm_weight,
+        norm_bias,
+        norm_eps,
+        weight_layout,
+        2 if packed else 3,
+    )
     head_dim = hidden_states.shape[-1] // num_heads
     if packed:
         assert cu_seqlens is not None
@@ -262,16 +281,17 @@ def masked_multi_head_attention(
     softmax_scale: float | None = None,
     weight_layout: str = "out_in",
 ) -> Tensor:
-    """Decoder self-attention: prefill (any q_len) and one-token decoding over a KV cache, with left padding.
+    """Decoder self-attention: prefill (any q_len) and one-token decoding over a KV cache, with left
+    padding.
 
-    The new keys and values are written into the caches at [past_len, past_len + q_len); query i then sees the cached
-    keys up to past_len + i.
+    The new keys and values are written into the caches at [past_len, past_len + q_len); query i
+    then sees the cached keys up to past_len + i.
 
     Args:
         hidden_states: (batch_size, q_len, hidden_size), contiguous; float32, float16 or bfloat16.
         query_weight ... num_heads, norm ... weight_layout: as in `multi_head_attention`.
-        key_cache, value_cache: (batch_size, num_heads, capacity, head_dim), equal strides, capacity at least
-            past_len + q_len, written in place; or None for no cache (past_len is 0 then).
+        key_cache, value_cache: (batch_size, num_heads, capacity, head_dim), equal strides, capacity
+            at least past_len + q_len, written in place; or None for no cache (past_len is 0 then).
         past_len: tokens in the cache so far.
         kv_start: (batch_size,), int64: keys before it are left padding.
         attention_mask: bool (True = attend) or additive float, broadcastable to
@@ -280,7 +300,8 @@ def masked_multi_head_attention(
         (batch_size, q_len, hidden_size).
     Raises:
         ValueError, TypeError: on a shape, dtype, device or layout other than these.
-    Source: Radford et al. 2019 (GPT-2). Replaces the attention half of `GPT2Block` and of fairseq's decoder layer.
+    Source: Radford et al. 2019 (GPT-2). Replaces the attention half of `GPT2Block` and of fairseq's
+        decoder layer.
     """
     weights = (
         (query_weight, query_bias, "query"),
@@ -288,9 +309,17 @@ def masked_multi_head_attention(
         (value_weight, value_bias, "value"),
     )
     placed = _check_block(
-        hidden_states, weights, out_weight, out_bias, num_heads, norm, norm_weight, norm_bias, norm_eps,
+        hidden_states,
+        weights,
+        out_weight,
+        out_bias,
+        num_heads,
+        norm,
+        norm_weight,
+        norm_bias,
+        norm_eps,
         weight_layout,
-    )  # fmt: skip
+    )
     batch_size, q_len, hidden_size = hidden_states.shape
     head_dim = hidden_size // num_heads
     cache = None
@@ -303,11 +332,12 @@ def masked_multi_head_attention(
             check_shape(tensor, (batch_size, num_heads, tensor.shape[2], head_dim), name)
         if not 0 <= past_len <= key_cache.shape[2] - q_len:
             raise ValueError(
-                f"past_len must be 0 to {key_cache.shape[2] - q_len} (capacity less q_len), got {past_len}"
+                f"past_len must be 0 to {key_cache.shape[2] - q_len} (capacity less q_len), "
+                f"got {past_len}"
             )
         if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1:
             raise ValueError(
-                "key_cache and value_cache must have equal strides and a contiguous last dimension, "
+                "key_cache and value_cache must have equal strides and a contiguous last one, "
                 f"got {key_cache.stride()} and {value_cache.stride()}"
             )
         cache = KVCache(key_cache, value_cache, past_len)
@@ -355,14 +385,15 @@ def cross_multi_head_attention(
     softmax_scale: float | None = None,
     weight_layout: str = "out_in",
 ) -> Tensor:
-    """Attention of a decoder over an encoder's keys and values, which are projected once and kept by the caller.
+    """Attention of a decoder over an encoder's keys and values, which are projected once and kept
+    by the caller.
 
     Args:
         hidden_states: (batch_size, q_len, hidden_size), contiguous; float32, float16 or bfloat16.
         query_weight, out_weight: (hidden_size, hidden_size), in `weight_layout` order.
         query_bias, out_bias: (hidden_size,) or None.
-        key, value: (batch_size, num_heads, kv_len, head_dim), any strides with a contiguous last dimension: the
-            encoder's output through the key and value projections (see `linear`).
+        key, value: (batch_size, num_heads, kv_len, head_dim), any strides with a contiguous last
+            dimension: the encoder's output through the key and value projections (see `linear`).
         attention_mask, key_padding_mask: as in `attention`, over kv_len keys.
         num_heads, norm ... weight_layout: as in `multi_head_attention`.
     Returns:
@@ -372,9 +403,17 @@ def cross_multi_head_attention(
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.3.
     """
     placed = _check_block(
-        hidden_states, ((query_weight, query_bias, "query"),), out_weight, out_bias, num_heads, norm,
-        norm_weight, norm_bias, norm_eps, weight_layout,
-    )  # fmt: skip
+        hidden_states,
+        ((query_weight, query_bias, "query"),),
+        out_weight,
+        out_bias,
+        num_heads,
+        norm,
+        norm_weight,
+        norm_bias,
+        norm_eps,
+        weight_layout,
+    )
     batch_size, q_len, hidden_size = hidden_states.shape
     head_dim = hidden_size // num_heads
     for tensor, name in ((key, "key"), (value, "value")):
@@ -383,7 +422,7 @@ def cross_multi_head_attention(
         check_shape(tensor, (batch_size, num_heads, key.shape[2], head_dim), name)
         if head_dim > 1 and tensor.stride(3) != 1:
             raise ValueError(
-                f"{name} must have a contiguous last dimension, got strides {tuple(tensor.stride())}"
+                f"{name} must have a contiguous last dimension, got strides {tensor.stride()}"
             )
     if batch_size * q_len == 0:
         return hidden_states.clone()

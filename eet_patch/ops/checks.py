@@ -1,4 +1,6 @@
-"""Argument checks of the public ops: one line each, naming the argument, what was wanted and what came."""
+"""Argument checks of the public ops: one line each, naming the argument, what was wanted and what
+came.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ def check_operand(tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be on a CPU or CUDA device, got {tensor.device}")
     if tensor.device.type == "cuda" and not HAS_CUDA:
         raise ValueError(
-            f"{name} is on {tensor.device}, but eet_patch was built without CUDA; rebuild it where nvcc is found"
+            f"{name} is on {tensor.device}, but eet_patch was built without CUDA; "
+            "rebuild it where nvcc is found"
         )
 
 

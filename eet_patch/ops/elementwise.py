@@ -45,15 +45,16 @@ def embedding(
 ) -> Tensor:
     """Sum word, position and token type rows, and normalise the sum if `norm_weight` is given.
 
-    `LN(word_scale * word_weight[input_ids] + position_weight[position_ids] + token_type_weight[token_type_ids])`,
-    added and normalised in fp32, rounded once.
+    `LN(word_scale * word_weight[input_ids] + position_weight[position_ids] +
+    token_type_weight[token_type_ids])`, added and normalised in fp32, rounded once.
 
     Args:
         input_ids: (batch_size, seq_len), int64, contiguous.
         word_weight: (vocab_size, hidden_size), contiguous; float32, float16 or bfloat16.
         position_ids: (batch_size or 1, seq_len), int64; required with `position_weight`.
         position_weight: (num_positions, hidden_size), as word_weight, or None for no positions.
-        token_type_ids: (batch_size or 1, seq_len), int64; None with a `token_type_weight` means type 0.
+        token_type_ids: (batch_size or 1, seq_len), int64; None with a `token_type_weight` means
+            type 0.
         token_type_weight: (num_token_types, hidden_size), as word_weight, or None for no types.
         norm_weight, norm_bias: (hidden_size,), as word_weight, or None.
         eps: added to the variance.
@@ -63,7 +64,8 @@ def embedding(
     Raises:
         ValueError, TypeError: on a shape, dtype, device or layout other than these.
         IndexError: an id outside its table (CPU; on CUDA the kernel traps, as torch's does).
-    Source: Devlin et al. 2018, arXiv:1810.04805. Replaces `BertEmbeddings` and the sums before GPT-2's first block.
+    Source: Devlin et al. 2018, arXiv:1810.04805. Replaces `BertEmbeddings` and the sums before
+        GPT-2's first block.
     """
     check_operand(word_weight, "word_weight")
     check_dim(word_weight, 2, "word_weight")
@@ -167,7 +169,8 @@ def bias_residual_layernorm(
     out: Tensor | None = None,
     sum_out: Tensor | None = None,
 ) -> Tensor:
-    """Normalise the sum of a product, its bias and the residual: `LN(hidden_states + bias + residual)`.
+    """Normalise the sum of a product, its bias and the residual: `LN(hidden_states + bias +
+    residual)`.
 
     Args:
         hidden_states: (..., hidden_size), contiguous; float32, float16 or bfloat16.
@@ -175,8 +178,10 @@ def bias_residual_layernorm(
         residual: like hidden_states, or None.
         weight, norm_bias: (hidden_size,), scale and shift of the norm, or None for 1 and 0.
         eps: added to the variance.
-        out: where to write, like hidden_states; may be hidden_states or residual itself. Default: a new tensor.
-        sum_out: receives the sum before the norm (what a pre-norm layer carries on), like hidden_states, or None.
+        out: where to write, like hidden_states; may be hidden_states or residual itself. Default: a
+            new tensor.
+        sum_out: receives the sum before the norm (what a pre-norm layer carries on), like
+            hidden_states, or None.
     Returns:
         out.
     Raises:
@@ -223,7 +228,8 @@ def bias_activation(
     Args:
         hidden_states: (..., size), contiguous; float32, float16 or bfloat16.
         bias: (size,), same dtype and device, or None.
-        activation: "gelu" (by erf, exact), "gelu_tanh" (GPT-2's approximation), "relu", "silu" or None.
+        activation: "gelu" (by erf, exact), "gelu_tanh" (GPT-2's approximation), "relu", "silu" or
+            None.
         out: where to write, like hidden_states; may be hidden_states itself. Default: a new tensor.
     Returns:
         out.

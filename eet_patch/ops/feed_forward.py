@@ -26,7 +26,8 @@ def ffn(
     add_residual: bool = True,
     weight_layout: str = "out_in",
 ) -> Tensor:
-    """Two products with an activation between them: `x + act(x @ W1 + b1) @ W2 + b2`, normalised before or after.
+    """Two products with an activation between them: `x + act(x @ W1 + b1) @ W2 + b2`, normalised
+    before or after.
 
     norm="post": `LN(x + ffn(x))`; norm="pre": `x + ffn(LN(x))`; None: no norm.
 
@@ -37,14 +38,16 @@ def ffn(
         fc2_weight: (hidden_size, intermediate_size), or transposed with `weight_layout="in_out"`.
         fc2_bias: (hidden_size,) or None.
         activation: "gelu" (by erf), "gelu_tanh", "relu", "silu" or None.
-        norm, norm_weight, norm_bias, norm_eps: placement, (hidden_size,) parameters and epsilon of the layer norm.
+        norm, norm_weight, norm_bias, norm_eps: placement, (hidden_size,) parameters and epsilon of
+            the layer norm.
         add_residual: whether hidden_states is added to the result.
         weight_layout: "out_in" (`nn.Linear`) or "in_out" (`Conv1D`).
     Returns:
         Like hidden_states.
     Raises:
         ValueError, TypeError: on a shape, dtype, device, layout or activation other than these.
-    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.3. Replaces `GPT2MLP` and BERT's intermediate and output.
+    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.3. Replaces `GPT2MLP` and BERT's
+        intermediate and output.
     """
     check_operand(hidden_states, "hidden_states")
     check_contiguous(hidden_states, "hidden_states")
@@ -53,7 +56,8 @@ def ffn(
     check_choice(norm, NORM_CODES, "norm")
     if hidden_states.dim() == 0 or hidden_states.shape[-1] == 0:
         raise ValueError(
-            f"hidden_states must have a last dimension of at least 1, got {tuple(hidden_states.shape)}"
+            "hidden_states must have a last dimension of at least 1, "
+            f"got shape {tuple(hidden_states.shape)}"
         )
     hidden_size = hidden_states.shape[-1]
     intermediate_size = check_weight(

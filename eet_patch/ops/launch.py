@@ -1,8 +1,9 @@
 """Unchecked calls into the extension, and the choice between our products and torch's.
 
-The public ops check their arguments and come here; adapters, which have checked a layer's parameters as a whole, come
-here directly. Weights are tuples of one matrix, or of three that stand side by side in the output (query, key, value).
-`in_out` says that a weight is (in_features, out_features), as transformers' Conv1D keeps it, and not (out, in).
+The public ops check their arguments and come here; adapters, which have checked a layer's
+parameters as a whole, come here directly. Weights are tuples of one matrix, or of three that stand
+side by side in the output (query, key, value). `in_out` says that a weight is (in_features,
+out_features), as transformers' Conv1D keeps it, and not (out, in).
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from eet_patch.ops._extension import (
 )
 
 MAX_SKINNY_ROWS = EXTENSION.MAX_SKINNY_ROWS if EXTENSION is not None else 0
-# With 16-bit weights torch's CPU products use bf16 instructions; ours read each weight once and win only where memory
-# bandwidth is the limit.
+# With 16-bit weights torch's CPU products use bf16 instructions; ours read each weight once and win
+# only where memory bandwidth is the limit.
 MAX_HALF_ROWS_ON_CPU = 8
 
 Mask = tuple[int, int, int, int, int, int]
@@ -47,14 +48,17 @@ NO_NORM = Norm(None, None, None, 0.0)
 
 
 class KVCache(NamedTuple):
-    """Buffers (batch, num_heads, capacity, head_dim) of equal strides that hold past_len tokens so far."""
+    """Buffers (batch, num_heads, capacity, head_dim) of equal strides that hold past_len tokens so
+    far.
+    """
 
     key: Tensor
     value: Tensor
     past_len: int
 
 
-# Appends (key, value), each (batch, num_heads, q_len, head_dim), to a cache and returns all of its keys and values.
+# Appends (key, value), each (batch, num_heads, q_len, head_dim), to a cache and returns all of its
+# keys and values.
 UpdateKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -70,7 +74,9 @@ def three_addresses(tensors: tuple[Tensor | None, ...]) -> tuple[int, int, int]:
 
 
 def uses_our_products(tensor: Tensor, rows: int) -> bool:
-    """Whether products of `rows` rows run in the extension; if not, they go to torch (cuBLASLt, MKL, oneDNN)."""
+    """Whether products of `rows` rows run in the extension; if not, they go to torch (cuBLASLt,
+    MKL, oneDNN).
+    """
     if tensor.device.type == "cuda":
         return rows <= MAX_SKINNY_ROWS
     if tensor.dtype == torch.float32:
@@ -87,7 +93,9 @@ def linear(
     residual: Tensor | None = None,
     norm: Norm = NO_NORM,
 ) -> Tensor:
-    """(rows, in_features), contiguous, to (rows, len(weights) * out_features) by the extension's own products."""
+    """(rows, in_features), contiguous, to (rows, len(weights) * out_features) by the extension's
+    own products.
+    """
     rows, in_features = hidden_states.shape
     out_features = weights[0].shape[1 if in_out else 0]
     width = len(weights) * out_features
@@ -136,9 +144,10 @@ def attention(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
 ) -> Tensor:
-    """query (batch, num_heads, q_len, head_dim), key and value (batch, num_kv_heads, kv_len, head_dim), any strides
-    but a contiguous last dimension; returns (batch, q_len, num_heads, head_dim), contiguous. Packed (cu_seqlens given):
-    (total_tokens, num_heads, head_dim) in and out.
+    """query (batch, num_heads, q_len, head_dim), key and value (batch, num_kv_heads, kv_len,
+    head_dim), any strides but a contiguous last dimension; returns (batch, q_len, num_heads,
+    head_dim), contiguous. Packed (cu_seqlens given): (total_tokens, num_heads, head_dim) in and
+    out.
     """
     if cu_seqlens is None:
         batch, num_heads, q_len, head_dim = query.shape
@@ -210,9 +219,9 @@ def attention_block(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
 ) -> Tensor:
-    """Self-attention with its norm, projections and residual; hidden_states (batch, q_len, hidden_size) contiguous,
-    or (total_tokens, hidden_size) when packed. `cache` is written in place; `update_kv` hands the new keys and values
-    to somebody else's cache instead.
+    """Self-attention with its norm, projections and residual; hidden_states (batch, q_len,
+    hidden_size) contiguous, or (total_tokens, hidden_size) when packed. `cache` is written in
+    place; `update_kv` hands the new keys and values to somebody else's cache instead.
     """
     if cu_seqlens is None:
         batch, q_len, hidden_size = hidden_states.shape
@@ -226,9 +235,22 @@ def attention_block(
     past_len = cache.past_len if cache is not None else 0
     if update_kv is None and uses_our_products(hidden_states, rows):
         return _fused_attention_block(
-            hidden_states, qkv_weights, qkv_biases, out_weight, out_bias, in_out, norm, add_residual, mask, kv_start,
-            cache, cu_seqlens, (batch, num_heads, head_dim, q_len, rows), causal, softmax_scale,
-        )  # fmt: skip
+            hidden_states,
+            qkv_weights,
+            qkv_biases,
+            out_weight,
+            out_bias,
+            in_out,
+            norm,
+            add_residual,
+            mask,
+            kv_start,
+            cache,
+            cu_seqlens,
+            (batch, num_heads, head_dim, q_len, rows),
+            causal,
+            softmax_scale,
+        )
     flat = hidden_states.view(rows, hidden_size)
     if norm.placement == "pre":
         query, key, value = project_qkv(flat, qkv_weights, qkv_biases, in_out, norm)
@@ -265,7 +287,9 @@ def attention_block(
 def project_qkv(
     flat: Tensor, weights: Weights, biases: Biases, in_out: bool, norm: Norm, parts: int = 3
 ) -> tuple[Tensor, ...]:
-    """(rows, in_features) to `parts` views or tensors of (rows, out_features); `norm` is applied to the input."""
+    """(rows, in_features) to `parts` views or tensors of (rows, out_features); `norm` is applied to
+    the input.
+    """
     if uses_our_products(flat, flat.shape[0]):
         return linear(flat, weights, biases, in_out, norm=norm).chunk(parts, dim=1)
     if norm.placement is not None:
@@ -343,9 +367,22 @@ def bias_residual_layernorm(
 
 
 def _fused_attention_block(
-    hidden_states, qkv_weights, qkv_biases, out_weight, out_bias, in_out, norm, add_residual, mask, kv_start,
-    cache, cu_seqlens, sizes, causal, softmax_scale,
-):  # fmt: skip
+    hidden_states,
+    qkv_weights,
+    qkv_biases,
+    out_weight,
+    out_bias,
+    in_out,
+    norm,
+    add_residual,
+    mask,
+    kv_start,
+    cache,
+    cu_seqlens,
+    sizes,
+    causal,
+    softmax_scale,
+):
     batch, num_heads, head_dim, q_len, rows = sizes
     module, where = extension(), place(hidden_states)
     if cache is not None:
@@ -409,7 +446,9 @@ def ffn(
     norm: Norm,
     add_residual: bool = True,
 ) -> Tensor:
-    """A feed-forward block with its norm and residual; hidden_states (..., hidden_size), contiguous."""
+    """A feed-forward block with its norm and residual; hidden_states (..., hidden_size),
+    contiguous.
+    """
     hidden_size = hidden_states.shape[-1]
     rows = hidden_states.numel() // hidden_size
     if rows == 0:
@@ -474,8 +513,8 @@ def cross_attention_block(
     add_residual: bool = True,
     mask: Mask = NO_MASK,
 ) -> Tensor:
-    """Attention of hidden_states (batch, q_len, hidden_size) over given key and value (batch, num_heads, kv_len,
-    head_dim), with the query and output projections, the norm and the residual.
+    """Attention of hidden_states (batch, q_len, hidden_size) over given key and value (batch,
+    num_heads, kv_len, head_dim), with the query and output projections, the norm and the residual.
     """
     batch, q_len, hidden_size = hidden_states.shape
     rows, head_dim = batch * q_len, key.shape[-1]

@@ -1,4 +1,6 @@
-"""The two public mask arguments, turned into the kernel's form: an address, its kind and four strides."""
+"""The two public mask arguments, turned into the kernel's form: an address, its kind and four
+strides.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ Mask = tuple[int, int, int, int, int, int]
 
 
 def broadcast_strides(mask: Tensor, sizes: tuple[int, int, int, int]) -> tuple[int, ...] | None:
-    """Strides of a 4-D mask over `sizes`, 0 where it is broadcast; None if it doesn't broadcast to them."""
+    """Strides of a 4-D mask over `sizes`, 0 where it is broadcast; None if it doesn't broadcast to
+    them.
+    """
     strides = []
     for have, want, stride in zip(mask.shape, sizes, mask.stride(), strict=True):
         if have != want and have != 1:
@@ -28,7 +32,9 @@ def broadcast_strides(mask: Tensor, sizes: tuple[int, int, int, int]) -> tuple[i
 
 
 def attention_mask_form(mask: Tensor, like: Tensor, sizes: tuple[int, int, int, int]) -> Mask:
-    """An additive float mask, or a bool one with True = attend, that broadcasts to (batch, heads, q_len, kv_len)."""
+    """An additive float mask, or a bool one with True = attend, that broadcasts to (batch, heads,
+    q_len, kv_len).
+    """
     check_tensor(mask, "attention_mask")
     if mask.dtype == torch.bool:
         kind = MASK_BOOL_KEEP

@@ -45,14 +45,17 @@ def linear(
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
 ) -> Tensor:
-    """Multiply rows by a weight matrix: `activation(LN(hidden_states) @ W + bias) + residual`, fp32 accumulation.
+    """Multiply rows by a weight matrix: `activation(LN(hidden_states) @ W + bias) + residual`, fp32
+    accumulation.
 
-    Few rows run in one kernel that reads the weight once; many rows go to torch's BLAS with our kernels around it.
+    Few rows run in one kernel that reads the weight once; many rows go to torch's BLAS with our
+    kernels around it.
 
     Args:
         hidden_states: (..., in_features), contiguous; float32, float16 or bfloat16.
-        weight: (out_features, in_features) as `torch.nn.Linear` keeps it, or (in_features, out_features) with
-            `weight_layout="in_out"`, as transformers' `Conv1D` does; contiguous, same dtype and device.
+        weight: (out_features, in_features) as `torch.nn.Linear` keeps it, or (in_features,
+            out_features) with `weight_layout="in_out"`, as transformers' `Conv1D` does; contiguous,
+            same dtype and device.
         bias: (out_features,) or None.
         weight_layout: "out_in" or "in_out".
         activation: "gelu", "gelu_tanh", "relu", "silu" or None.
@@ -71,7 +74,8 @@ def linear(
     check_choice(activation, ACTIVATION_CODES, "activation")
     if hidden_states.dim() == 0 or hidden_states.shape[-1] == 0:
         raise ValueError(
-            f"hidden_states must have a last dimension of at least 1, got {tuple(hidden_states.shape)}"
+            "hidden_states must have a last dimension of at least 1, "
+            f"got shape {tuple(hidden_states.shape)}"
         )
     in_features = hidden_states.shape[-1]
     out_features = check_weight(weight, in_features, hidden_states, weight_layout, "weight")

@@ -105,7 +105,8 @@ def test_what_is_upcast():
 
 def test_the_lowest_value_of_a_mask_stays_the_lowest(dtype):
     mask = torch.tensor([0.0, torch.finfo(dtype).min, float("-inf")], dtype=dtype)
-    expected = torch.tensor([0.0, torch.finfo(torch.float64).min, float("-inf")]).double()
+    lowest = torch.finfo(torch.float64).min
+    expected = torch.tensor([0.0, lowest, float("-inf")], dtype=torch.float64)
     assert torch.equal(accuracy.upcast(mask), expected)
 
 

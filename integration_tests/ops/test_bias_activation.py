@@ -47,7 +47,7 @@ def test_bias_activation_tail(device, activation):
 
 
 @activations
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38, -3e38])
 def test_bias_activation_of_special_values(device, activation, value):
     x = torch.randn(3, 33, device=device)
     x[1, 5] = value

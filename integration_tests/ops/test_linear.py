@@ -70,13 +70,13 @@ def test_linear_every_number_of_rows(device, dtype, in_features, weight_layout):
 
 @layouts
 def test_linear_every_small_size(device, dtype, weight_layout):
-    """Tails of every length in both dimensions."""
-    for rows, size in itertools.product((1, 5), range(1, 36)):
-        for in_features, out_features in ((size, 20), (40, size)):
-            given = inputs.linear_inputs(
-                (rows, in_features), out_features, dtype, device, weight_layout=weight_layout
-            )
-            check(**given)
+    """Tails of every length in both dimensions. Never one dot product alone: where it cancels, its relative error is
+    a matter of luck.
+    """
+    for rows, size in itertools.product((1, 6), range(1, 36)):
+        check(**inputs.linear_inputs((rows, size), 20, dtype, device, weight_layout=weight_layout))
+        if rows * size >= 4:
+            check(**inputs.linear_inputs((rows, 40), size, dtype, device, weight_layout=weight_layout))
 
 
 @pytest.mark.parametrize("rows", [1, 6, 64, 65])

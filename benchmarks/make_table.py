@@ -1,0 +1,121 @@
+"""Write the README's tables of results from benchmarks/results/*.csv, between marker comments.
+
+    python benchmarks/make_table.py          # rewrite README.md
+    python benchmarks/make_table.py --check  # exit 1 if README.md is not what the CSV files give
+
+A table stands between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->`. NAME is a benchmark,
+as `bert_encode`, for a table per device, or `bert_encode:nvidia_h200` for one results file.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from harness import BASELINE, PATCHED, RESULTS, ROOT, Row, read_rows
+
+TITLES = {
+    BASELINE: "transformers",
+    "torch_compile": "torch.compile",
+    "transformers_no_cudnn": "transformers, cuDNN attention off",
+    "transformers_static": "transformers, static cache compiled",
+    PATCHED: "eet_patch",
+}
+UNITS = {"bert_encode": "ms a batch", "gpt2_generate": "ms a token"}
+MARKER = re.compile(
+    r"(<!-- benchmark:(?P<name>[\w:]+) -->\n).*?(<!-- /benchmark:(?P=name) -->)", re.S
+)
+# What makes two rows measurements of the same work.
+WORK = ("model", "dtype", "batch_size", "seq_len", "new_tokens", "fill")
+
+
+def load(case: str, stem: str = "*") -> list[list[Row]]:
+    """Return the checked rows of a benchmark, one list a device. Unchecked rows don't count."""
+    devices: dict[str, list[Row]] = {}
+    for path in sorted(RESULTS.glob(f"{stem}.csv")):
+        for row in read_rows(path):
+            if row["case"] != case:
+                continue
+            if row["checked"] == "true":
+                devices.setdefault(row["device"], []).append(row)
+            else:
+                print(
+                    f"{path.name}: {row['model']}, {row['provider']} not checked", file=sys.stderr
+                )
+    return list(devices.values())
+
+
+def by_work(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
+    """Group the rows of one device: work -> provider -> row."""
+    grouped: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        grouped.setdefault(tuple(row[column] for column in WORK), {})[row["provider"]] = row
+    return grouped
+
+
+def milliseconds(value: str) -> str:
+    """Three significant digits, without an exponent."""
+    number = float(value)
+    return f"{number:.0f}" if number >= 100 else f"{number:#.3g}"
+
+
+def table(rows: list[Row]) -> str:
+    """One Markdown table, with hardware, versions and command above it."""
+    case, unit = rows[0]["case"], UNITS[rows[0]["case"]]
+    providers = [name for name in TITLES if any(row["provider"] == name for row in rows)]
+    generates = any(row["new_tokens"] != "0" for row in rows)
+    facts = [rows[0]["device"]]
+    facts += [f"torch {version}" for version in sorted({row["torch"] for row in rows})]
+    facts += sorted({row["host"] for row in rows})
+    facts += sorted({row["date"] for row in rows})[-1:]
+    tokens = "prompt + new tokens" if generates else "tokens (real)"
+    header = ["model", "dtype", "batch", tokens]
+    header += [f"{TITLES[name]}, {unit}" for name in providers]
+    header += ["speed-up", f"floor, {unit}"]
+    lines = [header, ["---"] * 4 + ["---:"] * (len(header) - 4)]
+    for (model, dtype, batch, seq_len, new_tokens, fill), found in by_work(rows).items():
+        length = f"{seq_len} + {new_tokens}" if generates else f"{seq_len} ({float(fill):.0%})"
+        times = [milliseconds(found[p]["median_ms"]) if p in found else "–" for p in providers]
+        speed_up = "–"
+        if BASELINE in found and PATCHED in found:
+            ratio = float(found[BASELINE]["median_ms"]) / float(found[PATCHED]["median_ms"])
+            speed_up = f"{ratio:.2f}x"
+        floor = milliseconds(next(iter(found.values()))["floor_ms"])
+        lines.append([model, dtype, batch, length, *times, speed_up, floor])
+    body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{', '.join(facts)}; medians. `python benchmarks/{case}.py`\n\n{body}\n"
+
+
+def fill_in(text: str) -> str:
+    """Return the README's text with every marked table made anew."""
+
+    def replace(match: re.Match[str]) -> str:
+        case, _, stem = match["name"].partition(":")
+        if case not in UNITS:
+            raise SystemExit(f"benchmark:{match['name']}: the benchmarks are {', '.join(UNITS)}")
+        tables = "\n".join(table(rows) for rows in load(case, stem or "*"))
+        return f"{match[1]}{tables or 'Not measured yet.' + chr(10)}{match[3]}"
+
+    return MARKER.sub(replace, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if stale")
+    args = parser.parse_args()
+    old = args.readme.read_text(encoding="utf-8")
+    new = fill_in(old)
+    if new == old:
+        print(f"{args.readme.name} is up to date")
+        return 0
+    if args.check:
+        print(f"{args.readme.name} is stale: run python benchmarks/make_table.py", file=sys.stderr)
+        return 1
+    args.readme.write_text(new, encoding="utf-8")
+    print(f"{args.readme.name} rewritten")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
