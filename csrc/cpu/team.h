@@ -65,7 +65,11 @@ void parallel(int num_threads, const Body& body) {
   }
   BarrierState state;
 #pragma omp parallel num_threads(num_threads)
-  body(Team{omp_get_thread_num(), omp_get_num_threads(), &state});
+  {
+    const Team team{omp_get_thread_num(), omp_get_num_threads(), &state};
+    body(team);
+    team.barrier();  // so that the region's own barrier finds everybody there
+  }
 }
 
 // Fork and join cost about 2 us: work below this many elementary steps (multiply-adds, or elements times their passes)

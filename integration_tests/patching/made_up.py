@@ -106,4 +106,5 @@ def forget(names):
         patching._patches.pop(name, None)
     for module in (HOST, MODULE):
         sys.modules.pop(module, None)
+        patching._hooked_modules.discard(module)
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, Finder)]

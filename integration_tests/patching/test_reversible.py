@@ -1,0 +1,573 @@
+"""Promise 3: on and off at any time and in any order; off puts back the very objects."""
+
+import functools
+import importlib
+import inspect
+import sys
+import threading
+import warnings
+
+import made_up
+import pytest
+import torch
+from helpers import assert_replaced, patched, run_python, tiny_bert, tiny_gpt2, token_ids
+from made_up import MODULE
+from transformers.models.bert import modeling_bert
+from transformers.models.gpt2 import modeling_gpt2
+
+import eet_patch
+
+CLASSES = [modeling_bert.BertLayer, modeling_gpt2.GPT2Block]
+ONE = torch.ones(2)
+
+
+def on(cls):
+    """Whether calls of a made-up layer run the replacement (times 100) and not the original (plus 1)."""
+    with torch.no_grad():
+        out = cls()(ONE)
+    assert out.tolist() in ([2, 2], [100, 100])
+    return bool(out[0] == 100)
+
+
+# --- real host: identity ------------------------------------------------------------------------------------------
+
+
+def class_dicts():
+    """Every class of the patched modules with what stands in it."""
+    return {
+        (module.__name__, name): dict(vars(cls))
+        for module in (modeling_bert, modeling_gpt2)
+        for name, cls in vars(module).items()
+        if inspect.isclass(cls)
+    }
+
+
+def assert_identical(before):
+    after = class_dicts()
+    assert after.keys() == before.keys()
+    for key, attributes in before.items():
+        assert after[key].keys() == attributes.keys()
+        for name, value in attributes.items():
+            if name not in ("__dict__", "__weakref__", "_abc_impl"):
+                assert after[key][name] is value, f"{key}.{name} is another object"
+
+
+def test_disable_restores_the_very_objects():
+    before = class_dicts()
+    for _ in range(3):
+        eet_patch.enable()
+        for cls in CLASSES:
+            assert vars(cls)["forward"] is not before[cls.__module__, cls.__name__]["forward"]
+        eet_patch.enable()  # twice is once
+        eet_patch.disable()
+        assert_identical(before)
+        eet_patch.disable()
+        assert_identical(before)
+
+
+def test_enable_and_disable_touch_only_the_named_methods():
+    before = class_dicts()
+    eet_patch.enable()
+    for key, attributes in class_dicts().items():
+        for name, value in attributes.items():
+            if value is not before[key].get(name):
+                assert (key[1], name) in {("BertLayer", "forward"), ("GPT2Block", "forward")} | {
+                    (key[1], "__dict__"),
+                    (key[1], "__weakref__"),
+                }
+
+
+def test_a_plain_function_with_the_hosts_signature():
+    signatures = {cls: inspect.signature(cls.forward) for cls in CLASSES}
+    names = {cls: (cls.forward.__name__, cls.forward.__qualname__) for cls in CLASSES}
+    eet_patch.enable()
+    for cls in CLASSES:
+        assert inspect.isfunction(vars(cls)["forward"])
+        assert inspect.signature(cls.forward) == signatures[cls]
+        assert (cls.forward.__name__, cls.forward.__qualname__) == names[cls]
+
+
+@pytest.mark.parametrize("make, name", [(tiny_bert, "bert_layer"), (tiny_gpt2, "gpt2_block")])
+def test_a_model_built_before_and_one_built_after(make, name):
+    ids = token_ids(2, 6)
+    with torch.no_grad():
+        early = make()
+        own = early(ids)[0]
+        eet_patch.enable()
+        late = make()
+        for model in (early, late):
+            eet_patch.reset_report()
+            torch.testing.assert_close(model(ids)[0], own, rtol=1e-4, atol=1e-4)
+            assert_replaced(name, calls=2)
+        eet_patch.disable()
+        eet_patch.reset_report()
+        for model in (early, late):
+            assert torch.equal(model(ids)[0], own)
+    row = eet_patch.report()[name]
+    assert (row.replaced, row.fallbacks) == (0, {})
+
+
+ORDERS = {
+    "enable first": ["enable", "import", "build"],
+    "import first": ["import", "enable", "build"],
+    "build first": ["import", "build", "enable"],
+    "twice": ["enable", "import", "enable", "build", "enable"],
+    "off and on": ["enable", "disable", "import", "build", "enable"],
+    "off at the import": ["enable", "disable", "import", "enable", "build"],
+}
+SCRIPT = """
+import sys
+import torch
+import eet_patch
+assert "transformers" not in sys.modules
+for step in sys.argv[1].split(","):
+    if step == "import":
+        import transformers
+        from transformers import BertConfig, BertModel
+    elif step == "build":
+        model = BertModel(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2,
+                                     num_attention_heads=2, intermediate_size=16)).eval()
+    else:
+        getattr(eet_patch, step)()
+ids = torch.arange(6)[None]
+with torch.no_grad():
+    out = model(ids)[0]
+    row = eet_patch.report()["bert_layer"]
+    assert (row.replaced, row.fallbacks, row.status) == (2, {}, "applied"), row
+    eet_patch.disable()
+    own = model(ids)[0]
+assert (out - own).abs().max() < 1e-5
+assert eet_patch.report()["bert_layer"].replaced == 2
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
+def test_any_order_in_a_fresh_process(order):
+    run_python(SCRIPT, ",".join(ORDERS[order]))
+
+
+def test_disabled_before_the_import_leaves_it_alone(host):
+    finder = host(imported=False)
+    eet_patch.enable()
+    eet_patch.disable()
+    layers = importlib.import_module(MODULE)
+    assert vars(layers.Layer)["forward"] is vars(finder.layers.Layer)["forward"]
+    assert not on(layers.Layer)
+    eet_patch.enable()
+    assert on(layers.Layer)
+
+
+# --- a made-up host: inheritance and __init_subclass__ --------------------------------------------------------------
+
+
+def test_an_inherited_method_is_deleted_again(host):
+    layers = host(made_up.target(attribute="Leaf.forward"))
+    base = vars(layers.Layer)["forward"]
+    assert "forward" not in vars(layers.Leaf)
+    eet_patch.enable()
+    assert on(layers.Leaf) and not on(layers.Layer)
+    eet_patch.disable()
+    assert "forward" not in vars(layers.Leaf)
+    assert vars(layers.Layer)["forward"] is base
+    assert not on(layers.Leaf)
+
+
+def test_a_method_wrapped_by_init_subclass(host):
+    """The replacement goes beneath the parent's wrapper, which still recognises itself; undo restores the old one."""
+    calls = []
+    adapter = made_up.scaling_adapter(calls=calls)
+    layers = host(made_up.target(attribute="Wrapped.forward", adapter=adapter))
+    wrapper = vars(layers.Wrapped)["forward"]
+    eet_patch.enable()
+    layer = layers.Wrapped()
+    with torch.no_grad():
+        assert layer(ONE).tolist() == [100, 100]
+    assert layer.through_wrapper  # type(self).forward is the parent's own newest wrapper
+    assert calls[0][1] is wrapper.__wrapped__
+    eet_patch.disable()
+    assert vars(layers.Wrapped)["forward"] is wrapper
+    assert not on(layers.Wrapped)
+
+
+def test_an_instance_bound_before_disable_runs_the_original_after(host):
+    """accelerate and others keep the bound forward they found: it must not go on replacing."""
+    layers = host()
+    eet_patch.enable()
+    bound = layers.Layer().forward
+    with torch.no_grad():
+        assert bound(ONE).tolist() == [100, 100]
+        eet_patch.disable()
+        assert bound(ONE).tolist() == [2, 2]
+        eet_patch.enable()
+        eet_patch.disable()
+        assert bound(ONE).tolist() == [2, 2]
+
+
+# --- scopes -----------------------------------------------------------------------------------------------------
+
+
+def test_scopes_nest(host):
+    layers = host(made_up.target("a"), made_up.target("b", "Leaf.forward"))
+    state = lambda: (on(layers.Layer), on(layers.Leaf))  # noqa: E731
+    with eet_patch.enabled(only="a"):
+        assert eet_patch.report().enabled
+        assert on(layers.Layer)
+        with eet_patch.enabled(only="b"):
+            assert state() == (False, True)
+        assert on(layers.Layer) and eet_patch.report()["b"].status != "applied"
+    assert state() == (False, False)
+    assert not eet_patch.report().enabled
+    assert vars(layers.Leaf).get("forward") is None
+
+
+def test_a_scope_gives_back_what_was_in_force(host):
+    layers = host()
+    eet_patch.enable(strict=True)
+    layer = layers.Layer()
+    layer.reason = "made up"
+    with torch.no_grad():
+        with eet_patch.enabled():
+            assert layer(ONE).tolist() == [2, 2]
+        with pytest.raises(eet_patch.FallbackError, match="made up"):
+            layer(ONE)
+    assert on(layers.Layer)
+
+
+def test_scopes_that_overlap(host):
+    layers = host()
+    first, second = eet_patch.enabled(), eet_patch.enabled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert on(layers.Layer)
+    second.__exit__(None, None, None)
+    assert not on(layers.Layer)
+
+
+def test_disable_inside_a_scope(host):
+    layers = host()
+    with eet_patch.enabled():
+        with eet_patch.enabled():
+            eet_patch.disable()
+            assert not on(layers.Layer)
+        assert not on(layers.Layer)
+    assert not on(layers.Layer)
+
+
+def test_an_exception_leaves_the_scope(host):
+    layers = host()
+    before = vars(layers.Layer)["forward"]
+    with pytest.raises(ZeroDivisionError), eet_patch.enabled():
+        raise ZeroDivisionError
+    assert vars(layers.Layer)["forward"] is before
+
+
+def test_a_scope_as_decorator(host):
+    layers = host()
+
+    @eet_patch.enabled()
+    def call():
+        return on(layers.Layer)
+
+    assert call() and call() and not on(layers.Layer)
+
+
+# --- threads ----------------------------------------------------------------------------------------------------
+
+
+def in_threads(function, count=4):
+    errors = []
+
+    def guarded(index):
+        try:
+            function(index)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_threads_call_while_another_switches():
+    """Every call gives the one answer, whichever code ran; no count is lost; the end is the beginning."""
+    model, ids = tiny_bert(), token_ids(2, 6)
+    before = class_dicts()
+    with torch.no_grad():
+        own = model(ids)[0]
+    stop = threading.Event()
+
+    def work(index):
+        if index == 0:
+            for _ in range(30):
+                eet_patch.enable()
+                eet_patch.disable()
+            stop.set()
+            return
+        with torch.no_grad():
+            while not stop.is_set():
+                torch.testing.assert_close(model(ids)[0], own, rtol=1e-4, atol=1e-4)
+
+    in_threads(work)
+    assert_identical(before)
+
+
+def test_scopes_in_threads(host):
+    layers = host()
+    barrier = threading.Barrier(4)
+
+    def work(index):
+        for _ in range(20):
+            with eet_patch.enabled():
+                barrier.wait(timeout=60)
+                assert on(layers.Layer)
+                barrier.wait(timeout=60)
+
+    in_threads(work)
+    assert not on(layers.Layer)
+
+
+def test_counts_in_threads(host):
+    layers = host()
+    odd = layers.Layer()
+    odd.reason = "made up"
+    eet_patch.enable()
+
+    def work(index):
+        with torch.no_grad():
+            for _ in range(200):
+                layers.Layer()(ONE)
+                odd(ONE)
+
+    in_threads(work)
+    row = eet_patch.report()["made_up"]
+    assert (row.replaced, row.fallbacks) == (800, {"made up": 800})
+
+
+# --- somebody else's wrapper ---------------------------------------------------------------------------------------
+
+
+def wrap(cls, log):
+    """Puts a wrapper over cls.forward as other patching libraries do; returns the function that takes it off."""
+    inner = cls.forward
+
+    @functools.wraps(inner)
+    def foreign(self, *args, **kwargs):
+        log.append("foreign")
+        return inner(self, *args, **kwargs)
+
+    cls.forward = foreign
+
+    def unwrap():
+        cls.forward = inner
+
+    return unwrap
+
+
+def test_their_wrapper_over_ours_taken_off_first(host):
+    layers, log = host(), []
+    before = vars(layers.Layer)["forward"]
+    eet_patch.enable()
+    unwrap = wrap(layers.Layer, log)
+    assert on(layers.Layer) and log == ["foreign"]
+    unwrap()
+    eet_patch.disable()
+    assert vars(layers.Layer)["forward"] is before
+
+
+def test_our_patch_taken_off_beneath_their_wrapper(host):
+    layers, log = host(), []
+    before = vars(layers.Layer)["forward"]
+    eet_patch.enable()
+    unwrap = wrap(layers.Layer, log)
+    eet_patch.disable()
+    assert not on(layers.Layer) and log == ["foreign"]  # theirs still works, over the original
+    assert "another patch" in eet_patch.report()["made_up"].status
+    eet_patch.enable()
+    assert on(layers.Layer) and len(log) == 2
+    assert eet_patch.report()["made_up"].status == "applied"
+    eet_patch.disable()
+    unwrap()
+    eet_patch.disable()
+    assert vars(layers.Layer)["forward"] is before
+
+
+def test_their_wrapper_taken_off_while_ours_is_off(host):
+    layers = host()
+    before = vars(layers.Layer)["forward"]
+    eet_patch.enable()
+    unwrap = wrap(layers.Layer, [])
+    eet_patch.disable()
+    unwrap()  # ours stands in the class again, inert
+    assert not on(layers.Layer)
+    eet_patch.enable()
+    assert on(layers.Layer)
+    eet_patch.disable()
+    assert vars(layers.Layer)["forward"] is before
+
+
+def test_our_patch_over_theirs_in_order(host):
+    layers, log = host(), []
+    unwrap = wrap(layers.Layer, log)
+    theirs = vars(layers.Layer)["forward"]
+    eet_patch.enable()
+    assert on(layers.Layer)
+    eet_patch.disable()
+    assert vars(layers.Layer)["forward"] is theirs
+    unwrap()
+    assert not on(layers.Layer)
+
+
+def test_their_wrapper_taken_off_from_beneath_ours(host):
+    """They put back what they had found, and so throw ours out: the next enable() must notice."""
+    layers = host()
+    before = vars(layers.Layer)["forward"]
+    unwrap = wrap(layers.Layer, [])
+    eet_patch.enable()
+    unwrap()
+    assert vars(layers.Layer)["forward"] is before
+    eet_patch.disable()
+    assert vars(layers.Layer)["forward"] is before
+    eet_patch.enable()
+    assert on(layers.Layer) == (eet_patch.report()["made_up"].status == "applied")
+    assert on(layers.Layer)
+    eet_patch.disable()
+    assert vars(layers.Layer)["forward"] is before
+
+
+def test_thrown_out_by_an_assignment(host):
+    """Somebody sets a forward of their own over ours: it stays, and enable() afterwards goes over it."""
+    layers = host()
+    eet_patch.enable()
+
+    def theirs(self, hidden_states):
+        return hidden_states + 1
+
+    layers.Layer.forward = theirs
+    eet_patch.disable()
+    assert vars(layers.Layer)["forward"] is theirs
+    eet_patch.enable()
+    assert on(layers.Layer) == (eet_patch.report()["made_up"].status == "applied")
+    eet_patch.disable()
+    assert vars(layers.Layer)["forward"] is theirs
+
+
+# --- options ----------------------------------------------------------------------------------------------------
+
+
+def test_only_and_exclude():
+    with eet_patch.enabled(only="bert_layer"):
+        statuses = {target.name: target.status for target in eet_patch.report().targets}
+    assert statuses.pop("bert_layer") == "applied"
+    assert "applied" not in statuses.values()
+    assert statuses["gpt2_block"] == "not selected by enable(only=..., exclude=...)"
+    with eet_patch.enabled(exclude=["bert_layer"]):
+        assert eet_patch.report()["bert_layer"].status != "applied"
+        assert eet_patch.report()["gpt2_block"].status == "applied"
+    with eet_patch.enabled(only=["bert_layer", "gpt2_block"], exclude="gpt2_block"):
+        assert eet_patch.report()["bert_layer"].status == "applied"
+        assert eet_patch.report()["gpt2_block"].status != "applied"
+
+
+def test_a_second_enable_replaces_the_options():
+    before = class_dicts()
+    eet_patch.enable(only="bert_layer")
+    eet_patch.enable(only="gpt2_block")
+    key = ("transformers.models.bert.modeling_bert", "BertLayer")
+    assert vars(modeling_bert.BertLayer)["forward"] is before[key]["forward"]
+    assert eet_patch.report()["gpt2_block"].status == "applied"
+
+
+@pytest.mark.parametrize("argument", ["only", "exclude"])
+def test_an_unknown_name_changes_nothing(argument):
+    before = class_dicts()
+    with pytest.raises(ValueError, match=f"{argument} must name targets out of bert_layer, .*bertlayer"):
+        eet_patch.enable(**{argument: ["bertlayer"]})
+    assert_identical(before)
+    with pytest.raises(ValueError, match="bertlayer"), eet_patch.enabled(**{argument: "bertlayer"}):
+        pass
+    assert not eet_patch.report().enabled
+
+
+# --- what can go wrong at the import ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["0.9", "2.0", "2.1.dev0"])
+@pytest.mark.parametrize("imported", [True, False])
+def test_an_unknown_version_is_left_alone_with_one_warning(host, version, imported):
+    targets = made_up.target("a"), made_up.target("b", "Leaf.forward")
+    made = host(*targets, version=version, imported=imported)
+    with pytest.warns(eet_patch.PatchWarning) as caught:
+        eet_patch.enable()
+        layers = made if imported else importlib.import_module(MODULE)
+        eet_patch.enable()
+    mine = [str(w.message) for w in caught if issubclass(w.category, eet_patch.PatchWarning)]
+    assert len(mine) == 1
+    assert "made_up_host>=1,<2" in mine[0] and version in mine[0]
+    assert not on(layers.Layer) and not on(layers.Leaf)
+    for name in ("a", "b"):
+        row = eet_patch.report()[name]
+        assert row.status == f"not applied: made_up_host {version} is not in <2,>=1"
+        assert row.host_version == version
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.5rc1", "1.99.dev3", "1.9+local"])
+def test_a_version_in_the_range_is_patched(host, version):
+    layers = host(version=version)
+    eet_patch.enable()
+    assert on(layers.Layer)
+
+
+def test_a_missing_package_is_no_warning(host):
+    host(imported=False)
+    sys.meta_path.pop()  # nobody can import it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        eet_patch.enable()
+    assert eet_patch.report()["made_up"].status == "waiting for the import of its module"
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(MODULE)
+    eet_patch.disable()
+
+
+@pytest.mark.parametrize("attribute", ["Gone.forward", "Layer.gone"])
+def test_a_missing_class_or_method_is_said(host, attribute):
+    host(made_up.target(attribute=attribute))
+    eet_patch.enable()
+    assert eet_patch.report()["made_up"].status == f"not applied: {MODULE} has no {attribute}"
+
+
+def test_enable_while_the_module_is_half_imported(host):
+    """enable() from code that runs during the import: the class isn't there yet, but will be."""
+    host(imported=False, during=lambda module: eet_patch.enable())
+    layers = importlib.import_module(MODULE)
+    eet_patch.report()  # looks again
+    assert eet_patch.report()["made_up"].status == "applied"
+    assert on(layers.Layer)
+
+
+def test_a_failing_adapter_does_not_break_the_import(host):
+    def broken(cls, original):
+        raise KeyError("no such class")
+
+    finder = host(made_up.target("a", adapter=broken), made_up.target("b", "Leaf.forward"), imported=False)  # fmt: skip
+    eet_patch.enable()
+    with pytest.warns(eet_patch.PatchWarning, match=f"could not patch {MODULE}.*KeyError.*unpatched"):
+        layers = importlib.import_module(MODULE)
+    assert vars(layers.Layer)["forward"] is vars(finder.layers.Layer)["forward"]
+    assert not on(layers.Layer)
+    status = eet_patch.report()["a"].status
+    assert status.startswith("not applied") and "no such class" in status
+    assert on(layers.Leaf)  # the other target of the module is none the worse
+    eet_patch.disable()
+    assert not on(layers.Leaf)
+
+
+def test_patched_helper_notices_a_model_that_was_not_replaced():
+    with pytest.raises(AssertionError, match="was not called"), patched("gpt2_block"):
+        pass
