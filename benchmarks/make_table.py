@@ -3,8 +3,8 @@
     python benchmarks/make_table.py          # rewrite README.md
     python benchmarks/make_table.py --check  # exit 1 if README.md is not what the CSV files give
 
-A table stands between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->`. NAME is a benchmark,
-as `bert_encode`, for a table per device, or `bert_encode:nvidia_h200` for one results file.
+A table stands between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->`. NAME is a
+benchmark, as `bert_encode`, for a table per device, or `bert_encode:nvidia_h200` for one device.
 """
 
 import argparse

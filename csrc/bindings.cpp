@@ -1,7 +1,9 @@
 // The module eet_patch._C: names and arguments, nothing else. Addresses, sizes and strides (in elements) arrive checked
 // by eet_patch/ops; `device` is -1 for the CPU or a CUDA ordinal. The GIL is released around the work.
+#include <pthread.h>
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -96,6 +98,10 @@ class DeviceGuard {
 #endif
 };
 
+// The OpenMP threads of a process don't exist in a child that it forked, and a parallel region there
+// would wait for them for ever: a forked child computes on one thread.
+std::atomic<bool> in_forked_child{false};
+
 template <typename Args>
 using Op = Status (*)(const Args&, const Context&);
 
@@ -105,7 +111,7 @@ void run(const char* name, Op<Args> on_cpu, Op<Args> on_cuda, const Args& args, 
   Status status;
   {
     py::gil_scoped_release release;
-    const Context context{ptr(stream), num_threads};
+    const Context context{ptr(stream), in_forked_child ? 1 : num_threads};
     if (device < 0) {
       status = on_cpu(args, context);
     } else if (on_cuda == nullptr) {
@@ -341,6 +347,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   namespace ep = eet_patch;
   m.doc() = "Kernels of eet_patch over raw addresses; call them through eet_patch.ops, which checks its arguments.";
+  pthread_atfork(nullptr, nullptr, [] { ep::in_forked_child = true; });
   m.attr("MAX_SKINNY_ROWS") = ep::kMaxSkinnyRows;
 #define A(name) py::arg(#name)
 #define EET_TAIL A(dtype), A(device), A(stream), A(num_threads)

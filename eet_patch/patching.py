@@ -373,9 +373,16 @@ def _make_forward(
         if type(plan) is str:
             _fell_back(patch, plan)
             return original(self, *args, **kwargs)
-        result = run_call(plan, self, arguments)
-        next(patch.replaced)
-        return result
+        try:
+            result = run_call(plan, self, arguments)
+        except torch.OutOfMemoryError as error:
+            if getattr(error, "eet_patch_committed", False):
+                raise
+        else:
+            next(patch.replaced)
+            return result
+        _out_of_memory(patch)
+        return original(self, *args, **kwargs)
 
     return forward
 
@@ -399,3 +406,13 @@ def _fell_back(patch: Patch, reason: str) -> None:
             _warned.add("gradients")
         if first:
             warnings.warn(_REMEDY.format(name=name), PatchWarning, stacklevel=4)
+
+
+def _out_of_memory(patch: Patch) -> None:
+    torch.cuda.empty_cache()
+    warn_once(
+        "out of memory",
+        f"{patch.target.attribute} ran out of memory in the kernels; what they held was freed, and "
+        "the original code runs this call (said once)",
+    )
+    _fell_back(patch, "out of memory")

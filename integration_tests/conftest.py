@@ -1,8 +1,8 @@
-"""Fixtures of every integration test: devices, dtypes, seeds, thread counts and a clean patch state.
+"""Fixtures of every integration test: devices, dtypes, seeds, threads and a clean patch state.
 
 Environment:
-    EET_TEST_DEVICES    devices to test, as "cpu" or "cpu,cuda". Default: both, CUDA skipped where it is missing; a device
-                        named here and missing is a failure.
+    EET_TEST_DEVICES    devices to test, as "cpu" or "cpu,cuda". Default: both, CUDA skipped where
+                        it is missing; if it is named here and missing, its tests fail.
 """
 
 import os

@@ -1,5 +1,5 @@
 // Scaled dot-product attention: chooses between single queries and blocks of them, and shares the work out by its cost.
-#include "cpu/attention_block_queries.h"
+#include "cpu/attention_prefill.h"
 #include "cpu/attention_decode.h"
 
 namespace eet_patch {

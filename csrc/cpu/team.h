@@ -72,12 +72,13 @@ void parallel(int num_threads, const Body& body) {
   }
 }
 
-// Fork and join cost about 2 us: work below this many elementary steps (multiply-adds, or elements times their passes)
-// is done by the caller alone.
-constexpr int64_t kSerialWork = 16 * 1024;
+// Fork and join cost about 2 us: a thread is worth waking for this many elementary steps (multiply-adds, or elements
+// times their passes), and twice as many make the first region.
+constexpr int64_t kWorkPerThread = 8 * 1024;
 
 inline int threads_for(int64_t work, const Context& context) {
-  return work < kSerialWork ? 1 : context.num_threads;
+  const int64_t useful = work / kWorkPerThread;
+  return useful < 2 ? 1 : useful < context.num_threads ? int(useful) : context.num_threads;
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -135,49 +135,46 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         own, dense, norm = _parts(attention)
         query, key, value = (own._modules[n]._parameters for n in ("query", "key", "value"))
         hidden_states = arguments["hidden_states"]
-        past = arguments.get("past_key_values")
-        buffers = update_kv = None
-        if past is not None:
-            cache = kv_cache.self_attention_cache(past)
-            dynamic = kv_cache.dynamic_layer(cache, own.layer_idx)
-            batch, q_len, _ = hidden_states.shape
-            if dynamic is not None and not (plan.crop and kv_cache.filled(dynamic)):
-                shape = (batch, own.num_attention_heads, q_len, own.attention_head_size)
-                buffers = kv_cache.append_in_place(dynamic, hidden_states, shape)
-            if buffers is None:
-                update_kv = kv_cache.updater(cache, own.layer_idx, arguments, plan.kv_len)
-                if plan.crop:
-                    update_kv = kv_cache.cropped(update_kv, q_len)
-        hidden_states = launch.attention_block(
+        held = kv_cache.SelfAttentionCache(
+            arguments.get("past_key_values"),
+            own.layer_idx,
             hidden_states,
-            (query["weight"], key["weight"], value["weight"]),
-            (query["bias"], key["bias"], value["bias"]),
-            dense["weight"],
-            dense["bias"],
-            False,
             own.num_attention_heads,
-            own.attention_head_size**-0.5,
-            norm,
-            mask=plan.mask.form,
-            causal=plan.causal,
-            cache=buffers,
-            update_kv=update_kv,
+            arguments,
+            plan.kv_len,
+            plan.crop,
         )
-        if plan.cross_mask is not None:
-            hidden_states = _cross_attention(plan.cross_mask, layer, hidden_states, arguments)
-        fc1 = modules["intermediate"]._modules["dense"]._parameters
-        output = modules["output"]._modules
-        fc2 = output["dense"]._parameters
-        hidden_states = launch.ffn(
-            hidden_states,
-            fc1["weight"],
-            fc1["bias"],
-            fc2["weight"],
-            fc2["bias"],
-            False,
-            plan.activation,
-            _norm(output["LayerNorm"]),
-        )
+        with held:
+            hidden_states = launch.attention_block(
+                hidden_states,
+                (query["weight"], key["weight"], value["weight"]),
+                (query["bias"], key["bias"], value["bias"]),
+                dense["weight"],
+                dense["bias"],
+                False,
+                own.num_attention_heads,
+                own.attention_head_size**-0.5,
+                norm,
+                mask=plan.mask.form,
+                causal=plan.causal,
+                cache=held.buffers,
+                update_kv=held.update_kv,
+            )
+            if plan.cross_mask is not None:
+                hidden_states = _cross_attention(plan.cross_mask, layer, hidden_states, arguments)
+            fc1 = modules["intermediate"]._modules["dense"]._parameters
+            output = modules["output"]._modules
+            fc2 = output["dense"]._parameters
+            hidden_states = launch.ffn(
+                hidden_states,
+                fc1["weight"],
+                fc1["bias"],
+                fc2["weight"],
+                fc2["bias"],
+                False,
+                plan.activation,
+                _norm(output["LayerNorm"]),
+            )
         if not before_5:
             return hidden_states
         # The weights of each attention, which nobody asked for.

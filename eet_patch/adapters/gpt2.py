@@ -132,47 +132,44 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         hidden_states = arguments["hidden_states"]
         past = arguments.get("past_key_values")
         c_attn, c_proj = attn._modules["c_attn"]._parameters, attn._modules["c_proj"]._parameters
-        buffers = update_kv = None
-        causal = plan.causal
-        if past is not None:
-            cache = kv_cache.self_attention_cache(past)
-            dynamic = kv_cache.dynamic_layer(cache, attn.layer_idx)
-            batch, q_len, _ = hidden_states.shape
-            if dynamic is not None and not (plan.crop and kv_cache.filled(dynamic)):
-                shape = (batch, attn.num_heads, q_len, attn.head_dim)
-                buffers = kv_cache.append_in_place(dynamic, hidden_states, shape)
-            if buffers is None:
-                update_kv = kv_cache.updater(cache, attn.layer_idx, arguments, plan.kv_len)
-                if plan.crop:
-                    update_kv = kv_cache.cropped(update_kv, q_len)
-        hidden_states = launch.attention_block(
+        held = kv_cache.SelfAttentionCache(
+            past,
+            attn.layer_idx,
             hidden_states,
-            (c_attn["weight"],),
-            (c_attn["bias"],),
-            c_proj["weight"],
-            c_proj["bias"],
-            True,
             attn.num_heads,
-            plan.scale,
-            _norm(modules["ln_1"]),
-            mask=plan.mask.form,
-            causal=causal,
-            cache=buffers,
-            update_kv=update_kv,
+            arguments,
+            plan.kv_len,
+            plan.crop,
         )
-        if arguments.get("encoder_hidden_states") is not None:
-            hidden_states = _cross_attention(plan, layer, hidden_states, arguments)
-        fc, proj = mlp._modules["c_fc"]._parameters, mlp._modules["c_proj"]._parameters
-        hidden_states = launch.ffn(
-            hidden_states,
-            fc["weight"],
-            fc["bias"],
-            proj["weight"],
-            proj["bias"],
-            True,
-            plan.activation,
-            _norm(modules["ln_2"]),
-        )
+        with held:
+            hidden_states = launch.attention_block(
+                hidden_states,
+                (c_attn["weight"],),
+                (c_attn["bias"],),
+                c_proj["weight"],
+                c_proj["bias"],
+                True,
+                attn.num_heads,
+                plan.scale,
+                _norm(modules["ln_1"]),
+                mask=plan.mask.form,
+                causal=plan.causal,
+                cache=held.buffers,
+                update_kv=held.update_kv,
+            )
+            if arguments.get("encoder_hidden_states") is not None:
+                hidden_states = _cross_attention(plan, layer, hidden_states, arguments)
+            fc, proj = mlp._modules["c_fc"]._parameters, mlp._modules["c_proj"]._parameters
+            hidden_states = launch.ffn(
+                hidden_states,
+                fc["weight"],
+                fc["bias"],
+                proj["weight"],
+                proj["bias"],
+                True,
+                plan.activation,
+                _norm(modules["ln_2"]),
+            )
         return (hidden_states,) if tuples else hidden_states
 
     return Adapter(plan, forward)

@@ -53,7 +53,8 @@ def _no_room() -> None:
 
 def spare_bytes() -> int:
     """Bytes of all buffers behind caches that hold no token yet."""
-    return sum(room.spare_bytes() for room in list(_rooms))
+    with _lock:
+        return sum(room.spare_bytes() for room in _rooms)
 
 
 reporting.MEMORY["room behind KV caches"] = spare_bytes
@@ -121,7 +122,7 @@ def append_in_place(layer: Any, like: Tensor, shape: tuple[int, int, int, int]) 
         like: the layer's input, for dtype and device.
         shape: (batch, num_heads, q_len, head_dim) of the new keys.
     Returns:
-        The buffers, or None if the cache holds something of another shape, dtype or device.
+        What to write to, or None if the cache holds something of another shape, dtype or device.
     """
     batch, num_heads, q_len, head_dim = shape
     past_len, keys, values = 0, None, None
@@ -154,6 +155,7 @@ def append_in_place(layer: Any, like: Tensor, shape: tuple[int, int, int, int]) 
             and room.key.data_ptr() == keys.data_ptr()  # type: ignore[union-attr]
             and room.value.data_ptr() == values.data_ptr()  # type: ignore[union-attr]
             and getattr(values, _ATTRIBUTE, None) is room
+            and room.key.is_inference() == torch.is_inference_mode_enabled()
         )
         if free:
             room.taken = end
@@ -167,30 +169,12 @@ def append_in_place(layer: Any, like: Tensor, shape: tuple[int, int, int, int]) 
             key[:, :, :past_len].copy_(keys)
             value[:, :, :past_len].copy_(values)
         room = _Room(key, value, end)
-        _rooms.add(room)
+        with _lock:
+            _rooms.add(room)
     layer.keys, layer.values = room.key[:, :, :end], room.value[:, :, :end]
     setattr(layer.keys, _ATTRIBUTE, room)
     setattr(layer.values, _ATTRIBUTE, room)
     return KVCache(room.key, room.value, past_len)
-
-
-def updater(cache: Any, layer_idx: int, arguments: dict[str, Any], kv_len: int) -> UpdateKV:
-    """`cache.update` as the host would call it, once; kv_len is the length that the mask was read
-    for.
-    """
-    extra = (
-        ({"cache_position": arguments["cache_position"]},) if "cache_position" in arguments else ()
-    )
-
-    def update(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        key, value = cache.update(key, value, layer_idx, *extra)
-        if key.shape[2] != kv_len or value.shape[2] != kv_len:
-            raise RuntimeError(
-                f"{type(cache).__name__}.update returned {key.shape[2]} keys and not {kv_len}"
-            )
-        return key, value
-
-    return update
 
 
 def kept_reason(past: Any, layer_idx: int, like: Tensor, kv_len: int, head_dim: int) -> str | None:
@@ -207,11 +191,70 @@ def kept_reason(past: Any, layer_idx: int, like: Tensor, kv_len: int, head_dim: 
     return None
 
 
-def cropped(update_kv: UpdateKV, q_len: int) -> UpdateKV:
-    """The same update, of whose keys and values the first q_len count."""
+class SelfAttentionCache:
+    """A layer's part of a host's cache while the layer runs: `buffers` to write to, or `update_kv`.
 
-    def update(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        key, value = update_kv(key, value)
-        return key[:, :, :q_len], value[:, :, :q_len]
+    Leaving it by an exception takes tokens that were appended in place out again, so that the
+    original can run; after the host's own `update` that is not possible, and the exception is
+    marked with `eet_patch_committed`.
+    """
 
-    return update
+    __slots__ = ("_before", "_layer", "_updated", "buffers", "update_kv")
+
+    def __init__(
+        self,
+        past_key_values: Any,
+        layer_idx: int,
+        like: Tensor,
+        num_heads: int,
+        arguments: dict[str, Any],
+        kv_len: int,
+        crop: bool,
+    ) -> None:
+        """`kv_len` and `crop`: how many keys the mask was read for, and whether only the first
+        q_len of them count.
+        """
+        self.buffers: KVCache | None = None
+        self.update_kv: UpdateKV | None = None
+        self._layer = None
+        self._updated = False
+        if past_key_values is None:
+            return
+        cache = self_attention_cache(past_key_values)
+        layer = dynamic_layer(cache, layer_idx)
+        batch, q_len, hidden_size = like.shape
+        if layer is not None and not (crop and filled(layer)):
+            before = (layer.keys, layer.values, layer.is_initialized)
+            shape = (batch, num_heads, q_len, hidden_size // num_heads)
+            self.buffers = append_in_place(layer, like, shape)
+            if self.buffers is not None:
+                self._layer, self._before = layer, before
+                return
+        extra = ()
+        if "cache_position" in arguments:
+            extra = ({"cache_position": arguments["cache_position"]},)
+
+        def update(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            self._updated = True
+            key, value = cache.update(key, value, layer_idx, *extra)
+            if key.shape[2] != kv_len or value.shape[2] != kv_len:
+                raise RuntimeError(
+                    f"{type(cache).__name__}.update returned {key.shape[2]} keys and not {kv_len}"
+                )
+            if crop:
+                return key[:, :, :q_len], value[:, :, :q_len]
+            return key, value
+
+        self.update_kv = update
+
+    def __enter__(self) -> SelfAttentionCache:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if error is None:
+            return
+        if self._layer is not None:
+            layer = self._layer
+            layer.keys, layer.values, layer.is_initialized = self._before
+        elif self._updated:
+            error.eet_patch_committed = True

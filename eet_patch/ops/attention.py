@@ -84,12 +84,7 @@ def attention(
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     if packed:
         assert cu_seqlens is not None
-        check_index(cu_seqlens, query, "cu_seqlens")
-        check_dim(cu_seqlens, 1, "cu_seqlens")
-        if cu_seqlens.numel() < 2:
-            raise ValueError(f"cu_seqlens must have at least 2 entries, got {cu_seqlens.numel()}")
-        if max_seqlen is None or max_seqlen < 1:
-            raise ValueError(f"max_seqlen must be at least 1 with cu_seqlens, got {max_seqlen}")
+        _check_packing(cu_seqlens, max_seqlen, query)
         if attention_mask is not None or key_padding_mask is not None or kv_start is not None:
             raise ValueError("packed tokens take no attention_mask, key_padding_mask or kv_start")
         check_shape(key, (query.shape[0], num_kv_heads, head_dim), "key")
@@ -112,6 +107,15 @@ def attention(
     return launch.attention(
         query, key, value, mask, is_causal, scale, kv_start, cu_seqlens, max_seqlen or 0
     )
+
+
+def _check_packing(cu_seqlens: Tensor, max_seqlen: int | None, like: Tensor) -> None:
+    check_index(cu_seqlens, like, "cu_seqlens")
+    check_dim(cu_seqlens, 1, "cu_seqlens")
+    if cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens must have at least 2 entries, got {cu_seqlens.numel()}")
+    if max_seqlen is None or max_seqlen < 1:
+        raise ValueError(f"max_seqlen must be at least 1 with cu_seqlens, got {max_seqlen}")
 
 
 def _check_block(
@@ -229,9 +233,7 @@ def multi_head_attention(
     head_dim = hidden_states.shape[-1] // num_heads
     if packed:
         assert cu_seqlens is not None
-        check_index(cu_seqlens, hidden_states, "cu_seqlens")
-        if max_seqlen is None or max_seqlen < 1:
-            raise ValueError(f"max_seqlen must be at least 1 with cu_seqlens, got {max_seqlen}")
+        _check_packing(cu_seqlens, max_seqlen, hidden_states)
         if attention_mask is not None or key_padding_mask is not None:
             raise ValueError("packed tokens take no attention_mask or key_padding_mask")
         mask = launch.NO_MASK
@@ -329,7 +331,7 @@ def masked_multi_head_attention(
         for tensor, name in ((key_cache, "key_cache"), (value_cache, "value_cache")):
             check_same_dtype_and_device(tensor, hidden_states, name)
             check_dim(tensor, 4, name)
-            check_shape(tensor, (batch_size, num_heads, tensor.shape[2], head_dim), name)
+            check_shape(tensor, (batch_size, num_heads, key_cache.shape[2], head_dim), name)
         if not 0 <= past_len <= key_cache.shape[2] - q_len:
             raise ValueError(
                 f"past_len must be 0 to {key_cache.shape[2] - q_len} (capacity less q_len), "

@@ -95,6 +95,10 @@ def embedding(
     out = word_weight.new_empty(batch_size, seq_len, hidden_size)
     if out.numel() == 0:
         return out
+    for weight in (word_weight, position_weight, token_type_weight):
+        if weight is not None and weight.shape[0] == 0:
+            # It has no address, by which the kernel would take it for a table that was left out.
+            raise IndexError("eet_patch.embedding: index out of range of its table")
     extension().embedding(
         out.data_ptr(),
         word_weight.data_ptr(),

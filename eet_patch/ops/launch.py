@@ -453,6 +453,13 @@ def ffn(
     rows = hidden_states.numel() // hidden_size
     if rows == 0:
         return torch.empty_like(hidden_states)
+    intermediate_size = fc1_weight.shape[1 if in_out else 0]
+    if intermediate_size == 0:
+        flat = hidden_states.view(rows, hidden_size)
+        out = flat.clone() if add_residual else torch.zeros_like(flat)
+        if fc2_bias is not None:
+            out += fc2_bias
+        return (layernorm(out, norm) if norm.placement == "post" else out).view_as(hidden_states)
     if not uses_our_products(hidden_states, rows):
         flat = hidden_states.view(rows, hidden_size)
         normed = layernorm(flat, norm) if norm.placement == "pre" else flat
@@ -469,7 +476,6 @@ def ffn(
         residual = flat if add_residual else None
         out = project_out(inner, fc2_weight, fc2_bias, in_out, norm, residual)
         return out.view(hidden_states.shape)
-    intermediate_size = fc1_weight.shape[1 if in_out else 0]
     module, where = extension(), place(hidden_states)
     nbytes = module.ffn_workspace_bytes(rows, hidden_size, intermediate_size, where[0], where[1])
     out = torch.empty_like(hidden_states)

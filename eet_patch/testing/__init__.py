@@ -1,4 +1,4 @@
-"""What the tests and benchmarks check results against: references in plain PyTorch, and the error bound."""
+"""What results are checked against: references in plain PyTorch, inputs and the error bound."""
 
 from eet_patch.testing import inputs, reference
 from eet_patch.testing.accuracy import (

@@ -1,4 +1,4 @@
-"""The one error bound: no further from a float64 run than 1.5 times PyTorch's own distance in the same dtype."""
+"""The one error bound: at most 1.5 times as far from a float64 run as PyTorch in the same dtype."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ ERROR_SLACK = 1e-6
 def relative_error(out: Tensor, expected: Tensor) -> float:
     """Relative Frobenius error `|out - expected| / |expected|`, computed in float64.
 
-    Elements where both are the same infinity, or both NaN, count as equal; any other NaN or infinity makes the error
-    infinite. If `expected` is all zeros, the error is 0 for an equal `out` and infinite for any other.
+    Elements where both are the same infinity, or both NaN, count as equal; any other NaN or
+    infinity makes the error infinite. If `expected` is all zeros, the error is 0 for an equal `out`
+    and infinite for any other.
     """
     if out.shape != expected.shape:
-        raise ValueError(
-            f"out must have shape {tuple(expected.shape)}, got {tuple(out.shape)}"
-        )
+        raise ValueError(f"out must have shape {tuple(expected.shape)}, got {tuple(out.shape)}")
     out, expected = out.detach().double(), expected.detach().double()
     same = (out == expected) | (out.isnan() & expected.isnan())
     difference = torch.where(same, 0.0, out - expected).norm().item()
@@ -34,9 +33,10 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
 
 
 def upcast(value: Any) -> Any:
-    """Floating tensors in float64, also inside tuples, lists and dicts; integer and bool tensors are copied.
+    """Floating tensors in float64, also inside tuples, lists and dicts; others are copied.
 
-    The lowest finite value of a dtype, which masks use for "excluded", becomes the lowest of float64.
+    The lowest finite value of a dtype, which masks use for "excluded", becomes the lowest of
+    float64.
     """
     if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
         lowest = torch.finfo(value.dtype).min
@@ -46,7 +46,7 @@ def upcast(value: Any) -> Any:
 
 
 def copied(value: Any) -> Any:
-    """Tensors copied, also inside tuples, lists and dicts: a reference may write into a cache it is given."""
+    """Tensors copied, also in tuples, lists and dicts: a reference may write into its caches."""
     return _map_tensors(copied, value)
 
 
@@ -71,13 +71,15 @@ def assert_as_accurate_as_torch(
 ) -> None:
     """Assert that `out` is as near to the truth as PyTorch is in the same dtype.
 
-    The truth is `reference_fn` on the inputs in float64; PyTorch's own error is that of `reference_fn` on the inputs as
-    they are. `out` may err 1.5 times as much, plus 1e-6, in the relative Frobenius norm. A NaN or infinity in `out`
-    passes only where the float64 reference has the same.
+    The truth is `reference_fn` on the inputs in float64; PyTorch's own error is that of
+    `reference_fn` on the inputs as they are. `out` may err 1.5 times as much, plus 1e-6, in the
+    relative Frobenius norm. A NaN or infinity in `out` passes only where the float64 reference has
+    the same.
 
     Args:
         out: what is tested: a tensor, or several, each compared with its own counterpart.
-        reference_fn: returns what `out` should be. It runs twice, on copies: in float64 and in the inputs' dtypes.
+        reference_fn: returns what `out` should be. It runs twice, on copies: in float64 and in the
+            inputs' dtypes.
         inputs, kwargs: its arguments; tensors in tuples, lists and dicts are upcast too.
     Raises:
         AssertionError: with both errors, when the bound is broken or a shape or dtype differs.
@@ -103,10 +105,10 @@ def _assert_within_bound(out: Tensor, own: Tensor, truth: Tensor, name: str) -> 
     wide = out.detach().double()
     wrong = ~wide.isfinite() & ~((wide == truth) | (wide.isnan() & truth.isnan()))
     if wrong.any():
-        where = wrong.nonzero()
+        at = tuple(wrong.nonzero()[0].tolist())
         raise AssertionError(
-            f"{name} is {wide[tuple(where[0])].item()} at {tuple(where[0].tolist())} and not finite at {len(where)} of "
-            f"{wide.numel()} places where the float64 reference is (there it is {truth[tuple(where[0])].item():.6g})"
+            f"{name} is {wide[at].item()} at {at} and not finite at {int(wrong.sum())} of "
+            f"{wide.numel()} places where the float64 reference is (there: {truth[at].item():.6g})"
         )
     # Where PyTorch itself overflows it sets no standard.
     overflowed = ~own.isfinite() & truth.isfinite()
@@ -119,8 +121,9 @@ def _assert_within_bound(out: Tensor, own: Tensor, truth: Tensor, name: str) -> 
             int(i) for i in torch.unravel_index(difference.argmax().cpu(), difference.shape)
         )
         raise AssertionError(
-            f"{name} {tuple(out.shape)} {out.dtype} on {out.device}: relative error {error:.3e} against float64, "
-            f"PyTorch's own {own_error:.3e}, bound {bound:.3e} ({MAX_ERROR_RATIO} * own + {ERROR_SLACK}); "
-            f"worst at {worst}: {wide[worst].item():.8g} instead of {truth[worst].item():.8g}, "
-            f"PyTorch {own[worst].item():.8g}"
+            f"{name} {tuple(out.shape)} {out.dtype} on {out.device}: relative error {error:.3e} "
+            f"against float64, PyTorch's own {own_error:.3e}, bound {bound:.3e} "
+            f"({MAX_ERROR_RATIO} * own + {ERROR_SLACK}); worst at {worst}: "
+            f"{wide[worst].item():.8g} instead of "
+            f"{truth[worst].item():.8g}, PyTorch {own[worst].item():.8g}"
         )

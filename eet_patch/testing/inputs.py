@@ -1,5 +1,6 @@
-"""Random arguments of the ops, of the sizes that layers have. Values come from torch's default CPU generator, so that
-a seed gives the same ones on every device.
+"""Random arguments of the ops, of the sizes that layers have.
+
+Values come from torch's default CPU generator, so that a seed gives the same ones on every device.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ def randn(*shape: int, dtype: torch.dtype, device: Device, std: float = 1.0) -> 
 
 
 def misaligned(tensor: Tensor) -> Tensor:
-    """A contiguous copy one element past an aligned address, as a slice of a larger buffer has it."""
+    """A contiguous copy one element past an aligned address, as a slice of a buffer may lie."""
     buffer = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
     copy = buffer[1:].view(tensor.shape)
     return copy.copy_(tensor)
@@ -42,7 +43,9 @@ def projection(
     bias: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """A weight that keeps the size of its input, and a bias."""
-    shape = (out_features, in_features) if weight_layout == "out_in" else (in_features, out_features)
+    shape = (
+        (out_features, in_features) if weight_layout == "out_in" else (in_features, out_features)
+    )
     weight = randn(*shape, dtype=dtype, device=device, std=in_features**-0.5)
     return weight, randn(out_features, dtype=dtype, device=device, std=0.2) if bias else None
 
@@ -137,6 +140,35 @@ def attention_inputs(
     )
 
 
+MASK_KINDS = ("bool", "float32 -inf", "float32 lowest", "element -inf", "element lowest")
+
+
+def attention_mask(
+    kind: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: Device,
+    first_key_visible: bool = True,
+) -> Tensor:
+    """A random mask of `shape` that excludes two keys in five: bool (True = attend), or additive,
+    float32 or of the operands' dtype, with -inf or the lowest finite value where a key is excluded.
+    """
+    keep = torch.rand(shape) < 0.6
+    keep[..., :1] |= first_key_visible
+    if kind == "bool":
+        return keep.to(device)
+    mask_dtype = torch.float32 if kind.startswith("float32") else dtype
+    added = torch.randn(shape).to(mask_dtype)
+    return added.masked_fill(~keep, excluding_value(kind, mask_dtype)).to(device)
+
+
+def excluding_value(kind: str, dtype: torch.dtype) -> float | bool:
+    """What excludes a key in a mask of `kind` whose dtype is `dtype`."""
+    if kind == "bool":
+        return False
+    return float("-inf") if kind.endswith("-inf") else torch.finfo(dtype).min
+
+
 def attention_block_inputs(
     shape: tuple[int, ...],
     num_heads: int,
@@ -147,7 +179,7 @@ def attention_block_inputs(
     bias: bool = True,
     norm: str | None = "post",
 ) -> dict[str, Any]:
-    """Arguments of multi_head_attention and masked_multi_head_attention for hidden_states of `shape`."""
+    """Arguments of multi_head_attention and masked_multi_head_attention."""
     hidden_size = shape[-1]
     inputs: dict[str, Any] = {
         "hidden_states": randn(*shape, dtype=dtype, device=device),

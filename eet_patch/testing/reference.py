@@ -1,7 +1,8 @@
-"""Every op of `eet_patch.ops` in plain PyTorch: the same argument names, no fusion, any dtype and device.
+"""Every op of `eet_patch.ops` in plain PyTorch: the same argument names, any dtype and device.
 
-In float64 these are the truth that tests compare with; in the dtype under test they are the standard of accuracy.
-Buffers to write to (`out`, `sum_out`) are left out; caches are written in place, as by the ops.
+In float64 these are the truth that tests compare with; in the dtype under test they are the
+standard of accuracy. Buffers to write to (`out`, `sum_out`) are left out; caches are written in
+place, as by the ops.
 """
 
 from __future__ import annotations
@@ -262,7 +263,9 @@ def cross_multi_head_attention(
     weight_layout: str = "out_in",
 ) -> Tensor:
     x = _before(hidden_states, norm, norm_weight, norm_bias, norm_eps)
-    query = _split_heads(linear(x, query_weight, query_bias, weight_layout=weight_layout), num_heads)
+    query = _split_heads(
+        linear(x, query_weight, query_bias, weight_layout=weight_layout), num_heads
+    )
     context = attention(
         query,
         key,

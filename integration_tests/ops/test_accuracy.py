@@ -62,7 +62,9 @@ def test_non_finite_never_passes_unless_it_is_right(value):
 
 
 def test_an_overflow_of_torch_is_no_excuse():
-    x = torch.tensor([60000.0, 1.0], dtype=torch.float16)  # x * 3 is infinite in fp16, the result is not
+    x = torch.tensor(
+        [60000.0, 1.0], dtype=torch.float16
+    )  # x * 3 is infinite in fp16, the result is not
     right = torch.tensor([60000.0, 1.0], dtype=torch.float16)
 
     def reference(x):

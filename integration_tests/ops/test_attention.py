@@ -1,6 +1,4 @@
-"""attention: prefill, decoding and packed tokens; every mask in every layout; rows that see nothing."""
-
-import itertools
+"""attention: prefill and decoding; head sizes, lengths, strides and grouped heads."""
 
 import pytest
 import torch
@@ -32,22 +30,6 @@ def check(query, key, value, **options):
     return out
 
 
-def mask_entries(kind, shape, dtype, device, excluded=0.4):
-    """A random mask of `kind` that leaves every query its first key."""
-    keep = torch.rand(shape) >= excluded
-    keep[..., 0] = True
-    if kind == "bool":
-        return keep.to(device)
-    mask_dtype = torch.float32 if kind.startswith("float32") else dtype
-    lowest = float("-inf") if kind.endswith("-inf") else torch.finfo(mask_dtype).min
-    added = torch.randn(shape).to(mask_dtype).masked_fill(~keep, lowest)
-    return added.to(device)
-
-
-MASK_KINDS = ["bool", "float32 -inf", "float32 lowest", "element -inf", "element lowest"]
-mask_kinds = pytest.mark.parametrize("kind", MASK_KINDS)
-
-
 @causal
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention(device, dtype, shape, is_causal):
@@ -70,7 +52,7 @@ def test_attention_small(device, dtype, head_dim, kind):
         given = inputs.attention_inputs(2, 4, q_len, kv_len, head_dim, dtype, device, 2)
         mask = None
         if kind is not None:
-            mask = mask_entries(kind, (2, 1, q_len, kv_len), dtype, device)
+            mask = inputs.attention_mask(kind, (2, 1, q_len, kv_len), dtype, device)
         kv_start = torch.tensor([0, min(3, kv_len - 1)], device=device)
         check(*given, attention_mask=mask, is_causal=is_causal, kv_start=kv_start)
 
@@ -126,96 +108,6 @@ def test_attention_grouped_heads(device, dtype, q_len, num_kv_heads, is_causal):
     check(*given, is_causal=is_causal)
 
 
-@causal
-@mask_kinds
-@pytest.mark.parametrize("q_len", [1, 3, 65])
-def test_attention_masks(device, dtype, q_len, kind, is_causal):
-    given = inputs.attention_inputs(2, 3, q_len, 70, 40, dtype, device)
-    mask = mask_entries(kind, (2, 3, q_len, 70), dtype, device)
-    check(*given, attention_mask=mask, is_causal=is_causal)
-
-
-@mask_kinds
-@pytest.mark.parametrize("q_len", [1, 20])
-def test_attention_mask_broadcast(device, dtype, q_len, kind):
-    """Each dimension of size 1, of stride 0, and whole."""
-    given = inputs.attention_inputs(2, 3, q_len, 35, 16, dtype, device)
-    sizes = (2, 3, q_len, 35)
-    for ones in itertools.product([True, False], repeat=4):
-        shape = tuple(1 if one else size for one, size in zip(ones, sizes, strict=True))
-        mask = mask_entries(kind, shape, dtype, device)
-        check(*given, attention_mask=mask)
-        check(*given, attention_mask=mask.expand(sizes))
-        check(*given, attention_mask=mask.expand(2, -1, -1, -1))  # a static cache's: batch stride 0
-
-
-@mask_kinds
-def test_attention_mask_strides(device, dtype, kind):
-    given = inputs.attention_inputs(2, 3, 20, 35, 16, dtype, device)
-    check(*given, attention_mask=mask_entries(kind, (3, 2, 20, 35), dtype, device).transpose(0, 1))
-    check(*given, attention_mask=mask_entries(kind, (2, 1, 35, 20), dtype, device).transpose(2, 3))
-    wide = mask_entries(kind, (2, 1, 20, 90), dtype, device)
-    check(*given, attention_mask=wide[..., :35])
-    check(*given, attention_mask=wide[..., 0:70:2])
-    check(*given, attention_mask=wide[..., 1:36].index_fill(3, torch.tensor(0).to(device), 1))
-
-
-@pytest.mark.parametrize("q_len", [1, 20])
-@pytest.mark.parametrize("kv_len", [1, 33, 130])
-def test_attention_key_padding_mask(device, dtype, q_len, kv_len):
-    given = inputs.attention_inputs(3, 2, q_len, kv_len, 40, dtype, device)
-    padding = torch.rand(3, kv_len) < 0.5
-    padding[:, -1] = False
-    padding[2] = True  # nothing to see
-    padding = padding.to(device)
-    out = check(*given, key_padding_mask=padding)
-    assert (out[2] == 0).all()
-    check(*given, key_padding_mask=padding[:1].expand(3, -1))
-    check(*given, key_padding_mask=padding.repeat_interleave(2, dim=1)[:, ::2])
-
-
-@causal
-@pytest.mark.parametrize("q_len", [1, 6, 70])
-def test_attention_kv_start(device, dtype, q_len, is_causal):
-    given = inputs.attention_inputs(5, 2, q_len, 70, 40, dtype, device)
-    starts = torch.tensor([0, 1, 33, 69, 70], device=device)
-    out = check(*given, kv_start=starts, is_causal=is_causal)
-    assert (out[4] == 0).all()
-
-
-@pytest.mark.parametrize("kind", ["bool", "float32 lowest"])
-def test_attention_everything_at_once(device, dtype, kind):
-    given = inputs.attention_inputs(2, 4, 30, 50, 40, dtype, device, 2)
-    mask = mask_entries(kind, (2, 1, 1, 50), dtype, device)
-    starts = torch.tensor([0, 25], device=device)
-    check(*given, attention_mask=mask, is_causal=True, kv_start=starts, softmax_scale=0.2)
-
-
-@mask_kinds
-@pytest.mark.parametrize("q_len", [1, 3, 65])
-@pytest.mark.parametrize("kv_len", [1, 65, 600])
-def test_attention_masked_rows_are_zero(device, dtype, kind, q_len, kv_len):
-    given = inputs.attention_inputs(2, 2, q_len, kv_len, 40, dtype, device)
-    mask = mask_entries(kind, (2, 1, q_len, kv_len), dtype, device)
-    lowest = False if kind == "bool" else mask.new_tensor(float("-inf"))
-    if kind.endswith("lowest"):
-        lowest = torch.finfo(mask.dtype).min
-    mask[0] = lowest  # the whole of one sequence
-    mask[1, :, -1] = lowest  # one query of the other
-    out = check(*given, attention_mask=mask)
-    assert (out[0] == 0).all() and (out[1, -1] == 0).all()
-    assert q_len == 1 or (out[1, 0] != 0).any()
-
-
-@pytest.mark.parametrize("q_len", [1, 20])
-def test_attention_float32_mask_of_the_lowest_half(device, q_len):
-    """-65504 in float32 is no exclusion: a row of nothing else attends evenly."""
-    given = inputs.attention_inputs(1, 2, q_len, 40, 16, torch.float16, device)
-    mask = torch.full((1, 1, 1, 40), torch.finfo(torch.float16).min, device=device)
-    out = ops.attention(*given, attention_mask=mask)
-    assert torch.isfinite(out).all() and (out != 0).any()
-
-
 @pytest.mark.parametrize("q_len", [1, 20])
 def test_attention_nan_stays_in_its_sequence_and_head(device, dtype, q_len):
     query, key, value = inputs.attention_inputs(2, 3, q_len, 70, 33, dtype, device)
@@ -233,12 +125,18 @@ def strided(query, key, value, layout):
     if layout == "tokens first":  # (batch, length, heads, head_dim), as projections leave it
         return [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value)]
     if layout == "fused":  # one (batch, length, 3, heads, head_dim) product
-        return torch.stack([t.transpose(1, 2) for t in (query, key, value)], 2).transpose(1, 3).unbind(2)
+        return (
+            torch.stack([t.transpose(1, 2) for t in (query, key, value)], 2)
+            .transpose(1, 3)
+            .unbind(2)
+        )
     if layout == "cache":  # the first part of a larger buffer; what follows is garbage
+
         def within(t):
             buffer = t.new_full((t.shape[0], t.shape[1], t.shape[2] + 9, t.shape[3]), float("nan"))
             buffer[:, :, : t.shape[2]] = t
             return buffer[:, :, : t.shape[2]]
+
         return query, within(key), within(value)
     if layout == "wide rows":  # head_dim is a slice
         return [torch.cat([t, t * float("nan")], 3)[..., : t.shape[3]] for t in (query, key, value)]
@@ -264,46 +162,6 @@ def test_attention_strides(device, dtype, q_len, head_dim, layout):
     check(query, key, value, is_causal=True)
 
 
-PACKED = [[1], [3, 0, 5, 0, 1], [0, 0, 4], [130], [1, 64, 0, 65, 17], [5] * 33]
-
-
-@causal
-@pytest.mark.parametrize("lengths", PACKED, ids=str)
-@pytest.mark.parametrize("num_kv_heads", [4, 1])
-def test_attention_packed(device, dtype, lengths, num_kv_heads, is_causal):
-    query = inputs.randn(sum(lengths), 4, 40, dtype=dtype, device=device)
-    key, value = inputs.randn(2, sum(lengths), num_kv_heads, 40, dtype=dtype, device=device)
-    starts = inputs.cu_seqlens_of(lengths, device)
-    packed = {"cu_seqlens": starts, "max_seqlen": max(lengths), "is_causal": is_causal}
-    out = check(query, key, value, **packed)
-    again = ops.attention(query, key, value, **packed | {"max_seqlen": max(lengths) + 100})
-    torch.testing.assert_close(out, again)  # max_seqlen may be an upper bound
-
-
-@pytest.mark.sanitize
-@pytest.mark.parametrize("head_dim", [7, 64])
-def test_attention_packed_strides(device, dtype, head_dim):
-    lengths = [9, 0, 66, 1]
-    starts = inputs.cu_seqlens_of(lengths, device)
-    fused = inputs.randn(sum(lengths), 3, 2, head_dim, dtype=dtype, device=device)
-    check(*fused.unbind(1), cu_seqlens=starts, max_seqlen=66)
-    heads_first = fused.permute(1, 2, 0, 3).contiguous().transpose(1, 2)
-    check(*heads_first, cu_seqlens=starts, max_seqlen=66, is_causal=True)
-    check(*map(inputs.misaligned, heads_first), cu_seqlens=starts, max_seqlen=66)
-
-
-def test_attention_packed_sequences_do_not_see_each_other(device, dtype):
-    lengths = [20, 33, 70]
-    packed = {"cu_seqlens": inputs.cu_seqlens_of(lengths, device), "max_seqlen": 70}
-    query, key, value = inputs.randn(3, sum(lengths), 2, 40, dtype=dtype, device=device)
-    expected = ops.attention(query, key, value, **packed)
-    for tensor in (query, key, value):
-        tensor[20:53] = float("nan")
-    out = ops.attention(query, key, value, **packed)
-    assert out[20:53].isnan().all()
-    assert torch.equal(out[:20], expected[:20]) and torch.equal(out[53:], expected[53:])
-
-
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("shape", [(2, 4, 1, 200), (2, 4, 128, 128)])
 def test_attention_is_as_accurate_as_sdpa(device, dtype, shape, is_causal):
@@ -318,7 +176,9 @@ def test_attention_is_as_accurate_as_sdpa(device, dtype, shape, is_causal):
 
 @pytest.mark.slow
 @causal
-@pytest.mark.parametrize("shape", [(1, 16, 512, 512, 64), (2, 12, 384, 1024, 64), (1, 2, 300, 4096, 128)])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 512, 512, 64), (2, 12, 384, 1024, 64), (1, 2, 300, 4096, 128)]
+)
 def test_attention_heavy(device, dtype, shape, is_causal):
     check(*inputs.attention_inputs(*shape, dtype, device), is_causal=is_causal)
 
@@ -326,7 +186,8 @@ def test_attention_heavy(device, dtype, shape, is_causal):
 @pytest.mark.parametrize("shape", [(0, 2, 3, 3), (2, 2, 0, 3), (2, 0, 3, 3)])
 def test_attention_of_nothing(device, dtype, shape):
     batch_size, num_heads, q_len, kv_len = shape
-    query, key, value = inputs.attention_inputs(batch_size, max(num_heads, 1), q_len, kv_len, 8, dtype, device)  # fmt: skip
+    sizes = (batch_size, max(num_heads, 1), q_len, kv_len, 8)
+    query, key, value = inputs.attention_inputs(*sizes, dtype, device)
     out = ops.attention(query[:, :num_heads], key, value)
     assert out.shape == (batch_size, q_len, num_heads, 8) and out.dtype == dtype
 
@@ -335,13 +196,6 @@ def test_attention_of_nothing(device, dtype, shape):
 def test_attention_over_no_keys_is_zero(device, dtype, q_len):
     out = ops.attention(*inputs.attention_inputs(2, 2, q_len, 0, 40, dtype, device))
     assert out.shape == (2, q_len, 2, 40) and (out == 0).all()
-
-
-def test_attention_packed_of_nothing(device, dtype):
-    empty = inputs.randn(0, 2, 8, dtype=dtype, device=device)
-    starts = inputs.cu_seqlens_of([0, 0], device)
-    out = ops.attention(empty, empty, empty, cu_seqlens=starts, max_seqlen=1)
-    assert out.shape == (0, 2, 8)
 
 
 def zeros(*shape, dtype=torch.float32, device="cpu"):
@@ -358,71 +212,94 @@ BOTH = "give attention_mask or key_padding_mask, not both"
         ({"query": zeros(2, 4, 3, 8).double()}, TypeError, "query must be float32"),
         ({"query": zeros(2, 4, 3, 8, device="meta")}, ValueError, "query must be on a CPU or CUDA"),
         ({"query": zeros(4, 3, 8)}, ValueError, "query must have 4 dimensions"),
-        ({"query": zeros(2, 4, 8, 3).transpose(2, 3)}, ValueError, "query must have a contiguous last"),
+        (
+            {"query": zeros(2, 4, 8, 3).transpose(2, 3)},
+            ValueError,
+            "query must have a contiguous last",
+        ),
         ({"query": zeros(2, 4, 3, 0)}, ValueError, "query must have a head_dim of 1 to 256, got 0"),
-        ({"query": zeros(2, 4, 3, 257)}, ValueError, "query must have a head_dim of 1 to 256, got 257"),
+        (
+            {"query": zeros(2, 4, 3, 257)},
+            ValueError,
+            "query must have a head_dim of 1 to 256, got 257",
+        ),
         ({"key": 1}, TypeError, "key must be a torch.Tensor"),
         ({"key": zeros(2, 2, 6, 8).half()}, TypeError, "key must have dtype torch.float32"),
         ({"key": zeros(2, 2, 6, 8, device="meta")}, ValueError, "key must be on cpu"),
         ({"key": zeros(2, 6, 8)}, ValueError, "key must have 4 dimensions"),
         ({"key": zeros(2, 2, 8, 6).transpose(2, 3)}, ValueError, "key must have a contiguous last"),
-        ({"key": zeros(2, 3, 6, 8)}, ValueError, "key must have a number of heads that divides query's 4, got 3"),
+        (
+            {"key": zeros(2, 3, 6, 8)},
+            ValueError,
+            "key must have a number of heads that divides query's 4, got 3",
+        ),
         ({"key": zeros(2, 0, 6, 8)}, ValueError, "key must have a number of heads that divides"),
-        ({"key": zeros(1, 2, 6, 8)}, ValueError, r"key must have shape \(2, 2, 6, 8\), got \(1, 2, 6, 8\)"),
+        (
+            {"key": zeros(1, 2, 6, 8)},
+            ValueError,
+            r"key must have shape \(2, 2, 6, 8\), got \(1, 2, 6, 8\)",
+        ),
         ({"key": zeros(2, 2, 6, 7)}, ValueError, "key must have shape"),
         ({"value": zeros(2, 2, 5, 8)}, ValueError, r"value must have shape \(2, 2, 6, 8\)"),
         ({"value": zeros(2, 2, 6, 8).bfloat16()}, TypeError, "value must have dtype"),
-        ({"value": zeros(2, 2, 8, 6).transpose(2, 3)}, ValueError, "value must have a contiguous last"),
-        ({"query": zeros(2, 4, 7, 8), "is_causal": True}, ValueError, "key must be at least as long as query"),
+        (
+            {"value": zeros(2, 2, 8, 6).transpose(2, 3)},
+            ValueError,
+            "value must have a contiguous last",
+        ),
+        (
+            {"query": zeros(2, 4, 7, 8), "is_causal": True},
+            ValueError,
+            "key must be at least as long as query",
+        ),
         ({"kv_start": [0, 0]}, TypeError, "kv_start must be a torch.Tensor"),
         ({"kv_start": zeros(2)}, TypeError, "kv_start must be int64"),
         ({"kv_start": zeros(3).long()}, ValueError, r"kv_start must have shape \(2,\)"),
         ({"kv_start": zeros(4).long()[::2]}, ValueError, "kv_start must be contiguous"),
         ({"kv_start": zeros(2, device="meta").long()}, ValueError, "kv_start must be on cpu"),
         ({"attention_mask": [1]}, TypeError, "attention_mask must be a torch.Tensor"),
-        ({"attention_mask": zeros(2, 1, 3, 6).half()}, TypeError, "attention_mask must be bool, float32"),
-        ({"attention_mask": zeros(2, 1, 3, 6).long()}, TypeError, "attention_mask must be bool, float32"),
-        ({"attention_mask": zeros(2, 1, 3, 5)}, ValueError, r"attention_mask must broadcast to .* \(2, 4, 3, 6\)"),
+        (
+            {"attention_mask": zeros(2, 1, 3, 6).half()},
+            TypeError,
+            "attention_mask must be bool, float32",
+        ),
+        (
+            {"attention_mask": zeros(2, 1, 3, 6).long()},
+            TypeError,
+            "attention_mask must be bool, float32",
+        ),
+        (
+            {"attention_mask": zeros(2, 1, 3, 5)},
+            ValueError,
+            r"attention_mask must broadcast to .* \(2, 4, 3, 6\)",
+        ),
         ({"attention_mask": zeros(2, 2, 3, 6)}, ValueError, "attention_mask must broadcast to"),
         ({"attention_mask": zeros(3, 6)}, ValueError, "attention_mask must broadcast to"),
-        ({"attention_mask": zeros(1, 1, 1, 1, device="meta")}, ValueError, "attention_mask must be on cpu"),
+        (
+            {"attention_mask": zeros(1, 1, 1, 1, device="meta")},
+            ValueError,
+            "attention_mask must be on cpu",
+        ),
         ({"key_padding_mask": zeros(2, 6)}, TypeError, "key_padding_mask must be bool"),
         ({"key_padding_mask": 0}, TypeError, "key_padding_mask must be a torch.Tensor"),
-        ({"key_padding_mask": zeros(1, 6).bool()}, ValueError, r"key_padding_mask must have shape \(2, 6\)"),
-        ({"key_padding_mask": zeros(2, 6, device="meta").bool()}, ValueError, "key_padding_mask must be on cpu"),
-        ({"attention_mask": zeros(1, 1, 1, 6), "key_padding_mask": zeros(2, 6).bool()}, ValueError, BOTH),
+        (
+            {"key_padding_mask": zeros(1, 6).bool()},
+            ValueError,
+            r"key_padding_mask must have shape \(2, 6\)",
+        ),
+        (
+            {"key_padding_mask": zeros(2, 6, device="meta").bool()},
+            ValueError,
+            "key_padding_mask must be on cpu",
+        ),
+        (
+            {"attention_mask": zeros(1, 1, 1, 6), "key_padding_mask": zeros(2, 6).bool()},
+            ValueError,
+            BOTH,
+        ),
     ],
-)  # fmt: skip
+)
 def test_attention_refuses(changes, error, message):
     given = {"query": zeros(2, 4, 3, 8), "key": zeros(2, 2, 6, 8), "value": zeros(2, 2, 6, 8)}
     with pytest.raises(error, match=message):
         ops.attention(**given | changes)
-
-
-NO_MASKS = "packed tokens take no attention_mask, key_padding_mask or kv_start"
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"query": zeros(1, 9, 4, 8)}, ValueError, "query must have 3 dimensions"),
-        ({"key": zeros(9, 8)}, ValueError, "key must have 3 dimensions"),
-        ({"key": zeros(8, 2, 8)}, ValueError, r"key must have shape \(9, 2, 8\)"),
-        ({"value": zeros(9, 4, 8)}, ValueError, r"value must have shape \(9, 2, 8\)"),
-        ({"cu_seqlens": [0, 9]}, TypeError, "cu_seqlens must be a torch.Tensor"),
-        ({"cu_seqlens": torch.tensor([0, 9]).int()}, TypeError, "cu_seqlens must be int64"),
-        ({"cu_seqlens": torch.tensor([[0, 9]])}, ValueError, "cu_seqlens must have 1 dimensions"),
-        ({"cu_seqlens": torch.tensor([0])}, ValueError, "cu_seqlens must have at least 2 entries, got 1"),
-        ({"cu_seqlens": torch.tensor([0, 1, 9])[::2]}, ValueError, "cu_seqlens must be contiguous"),
-        ({"max_seqlen": None}, ValueError, "max_seqlen must be at least 1 with cu_seqlens, got None"),
-        ({"max_seqlen": 0}, ValueError, "max_seqlen must be at least 1 with cu_seqlens, got 0"),
-        ({"attention_mask": zeros(1, 1, 1, 1)}, ValueError, NO_MASKS),
-        ({"key_padding_mask": zeros(1, 9).bool()}, ValueError, NO_MASKS),
-        ({"kv_start": torch.tensor([0])}, ValueError, NO_MASKS),
-    ],
-)  # fmt: skip
-def test_attention_packed_refuses(changes, error, message):
-    given = {"query": zeros(9, 4, 8), "key": zeros(9, 2, 8), "value": zeros(9, 2, 8)}
-    packed = {"cu_seqlens": torch.tensor([0, 4, 9]), "max_seqlen": 5}
-    with pytest.raises(error, match=message):
-        ops.attention(**given | packed | changes)

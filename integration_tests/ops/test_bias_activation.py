@@ -97,17 +97,25 @@ def test_bias_activation_of_nothing(device, dtype, shape):
     [
         ({"hidden_states": torch.zeros(2, 8).double()}, TypeError, "hidden_states must be float32"),
         ({"hidden_states": torch.zeros(8, 2).t()}, ValueError, "hidden_states must be contiguous"),
-        ({"hidden_states": torch.tensor(1.0)}, ValueError, "hidden_states must have at least one dimension"),
+        (
+            {"hidden_states": torch.tensor(1.0)},
+            ValueError,
+            "hidden_states must have at least one dimension",
+        ),
         ({"bias": torch.zeros(7)}, ValueError, r"bias must have shape \(8,\)"),
         ({"bias": torch.zeros(8).half()}, TypeError, "bias must have dtype"),
         ({"bias": torch.zeros(16)[::2]}, ValueError, "bias must be contiguous"),
-        ({"activation": "tanh"}, ValueError, "activation must be one of None, 'gelu', .*got 'tanh'"),
+        (
+            {"activation": "tanh"},
+            ValueError,
+            "activation must be one of None, 'gelu', .*got 'tanh'",
+        ),
         ({"activation": ""}, ValueError, "activation must be one of"),
         ({"out": torch.zeros(8)}, ValueError, r"out must have shape \(2, 8\)"),
         ({"out": torch.zeros(2, 8).half()}, TypeError, "out must have dtype"),
         ({"out": torch.zeros(8, 2).t()}, ValueError, "out must be contiguous"),
     ],
-)  # fmt: skip
+)
 def test_bias_activation_refuses(change, error, message):
     given = {"hidden_states": torch.zeros(2, 8), "bias": torch.zeros(8)} | change
     with pytest.raises(error, match=message):

@@ -35,9 +35,7 @@ def test_cross_multi_head_attention(device, dtype, shape, kv_len, num_heads, wei
 @norms
 @pytest.mark.parametrize("add_residual", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_cross_multi_head_attention_options(
-    device, dtype, bias, add_residual, norm, weight_layout
-):
+def test_cross_multi_head_attention_options(device, dtype, bias, add_residual, norm, weight_layout):
     for q_len in (1, 40):
         given = block(
             (2, q_len, 48), 11, 4, dtype, device, weight_layout=weight_layout, norm=norm, bias=bias
@@ -81,17 +79,12 @@ def test_cross_multi_head_attention_strides(device, dtype, q_len, layout):
 
 
 @pytest.mark.parametrize("q_len", [1, 40])
-@pytest.mark.parametrize("kind", ["bool", "float32", "element"])
+@pytest.mark.parametrize("kind", ["bool", "float32 -inf", "element -inf"])
 def test_cross_multi_head_attention_masks(device, dtype, kind, q_len):
     given = block((2, q_len, 48), 21, 4, dtype, device)
     for shape in ((2, 1, 1, 21), (1, 1, q_len, 21), (2, 4, q_len, 21)):
-        keep = (torch.rand(shape) < 0.6).to(device)
-        keep[0, :, 0] = False
-        if kind == "bool":
-            mask = keep
-        else:
-            mask = torch.randn(shape).to(device, torch.float32 if kind == "float32" else dtype)
-            mask = mask.masked_fill(~keep, float("-inf"))
+        mask = inputs.attention_mask(kind, shape, dtype, device)
+        mask[0, :, 0] = inputs.excluding_value(kind, mask.dtype)  # a query that sees nothing
         check(**given, attention_mask=mask)
 
 
@@ -142,7 +135,11 @@ def test_cross_multi_head_attention_of_nothing(device, dtype, shape):
     ("changes", "error", "message"),
     [
         ({"hidden_states": torch.zeros(6, 8)}, ValueError, "hidden_states must have 3 dimensions"),
-        ({"hidden_states": torch.zeros(2, 3, 8).double()}, TypeError, "hidden_states must be float32"),
+        (
+            {"hidden_states": torch.zeros(2, 3, 8).double()},
+            TypeError,
+            "hidden_states must be float32",
+        ),
         ({"num_heads": 3}, ValueError, "num_heads must divide hidden_size"),
         ({"query_weight": torch.zeros(8, 4)}, ValueError, r"query_weight must have shape \(8, 8\)"),
         ({"query_bias": torch.zeros(8).half()}, TypeError, "query_bias must have dtype"),
@@ -153,15 +150,31 @@ def test_cross_multi_head_attention_of_nothing(device, dtype, shape):
         ({"key": torch.zeros(2, 4, 5, 2).half()}, TypeError, "key must have dtype"),
         ({"key": torch.zeros(2, 5, 8)}, ValueError, "key must have 4 dimensions"),
         ({"key": torch.zeros(2, 2, 5, 4)}, ValueError, r"key must have shape \(2, 4, 5, 2\)"),
-        ({"key": torch.zeros(2, 4, 2, 5).transpose(2, 3)}, ValueError, "key must have a contiguous last"),
+        (
+            {"key": torch.zeros(2, 4, 2, 5).transpose(2, 3)},
+            ValueError,
+            "key must have a contiguous last",
+        ),
         ({"value": torch.zeros(2, 4, 6, 2)}, ValueError, r"value must have shape \(2, 4, 5, 2\)"),
         ({"value": torch.zeros(2, 4, 5, 2, device="meta")}, ValueError, "value must be on cpu"),
-        ({"value": torch.zeros(2, 4, 2, 5).transpose(2, 3)}, ValueError, "value must have a contiguous last"),
-        ({"attention_mask": torch.zeros(2, 1, 1, 4)}, ValueError, r"attention_mask must broadcast to .*\(2, 4, 3, 5\)"),
+        (
+            {"value": torch.zeros(2, 4, 2, 5).transpose(2, 3)},
+            ValueError,
+            "value must have a contiguous last",
+        ),
+        (
+            {"attention_mask": torch.zeros(2, 1, 1, 4)},
+            ValueError,
+            r"attention_mask must broadcast to .*\(2, 4, 3, 5\)",
+        ),
         ({"key_padding_mask": torch.zeros(2, 5)}, TypeError, "key_padding_mask must be bool"),
-        ({"key_padding_mask": torch.zeros(2, 3).bool()}, ValueError, r"key_padding_mask must have shape \(2, 5\)"),
+        (
+            {"key_padding_mask": torch.zeros(2, 3).bool()},
+            ValueError,
+            r"key_padding_mask must have shape \(2, 5\)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_cross_multi_head_attention_refuses(changes, error, message):
     given = block((2, 3, 8), 5, 4, torch.float32, "cpu") | changes
     with pytest.raises(error, match=message):

@@ -1,4 +1,4 @@
-"""layernorm: every row size, missing parameters, outputs in place, values that are hard on the statistics."""
+"""layernorm: row sizes, missing parameters, outputs in place, values hard on the statistics."""
 
 import pytest
 import torch
@@ -112,12 +112,32 @@ def test_layernorm_of_nothing(device, dtype, shape):
         ({"hidden_states": [1.0]}, TypeError, "hidden_states must be a torch.Tensor"),
         ({"hidden_states": torch.zeros(2, 8).double()}, TypeError, "hidden_states must be float32"),
         ({"hidden_states": torch.zeros(2, 8).int()}, TypeError, "hidden_states must be float32"),
-        ({"hidden_states": torch.zeros(2, 8, device="meta")}, ValueError, "hidden_states must be on a CPU"),
-        ({"hidden_states": torch.zeros(8, 2).t()}, ValueError, r"hidden_states must be contiguous.*contiguous\(\)"),
-        ({"hidden_states": torch.tensor(1.0)}, ValueError, "hidden_states must have at least one dimension"),
-        ({"hidden_states": torch.zeros(2, 0)}, ValueError, "hidden_states must have at least one dimension"),
+        (
+            {"hidden_states": torch.zeros(2, 8, device="meta")},
+            ValueError,
+            "hidden_states must be on a CPU",
+        ),
+        (
+            {"hidden_states": torch.zeros(8, 2).t()},
+            ValueError,
+            r"hidden_states must be contiguous.*contiguous\(\)",
+        ),
+        (
+            {"hidden_states": torch.tensor(1.0)},
+            ValueError,
+            "hidden_states must have at least one dimension",
+        ),
+        (
+            {"hidden_states": torch.zeros(2, 0)},
+            ValueError,
+            "hidden_states must have at least one dimension",
+        ),
         ({"weight": torch.zeros(4)}, ValueError, r"weight must have shape \(8,\), got \(4,\)"),
-        ({"weight": torch.zeros(8).half()}, TypeError, "weight must have dtype torch.float32, got torch.float16"),
+        (
+            {"weight": torch.zeros(8).half()},
+            TypeError,
+            "weight must have dtype torch.float32, got torch.float16",
+        ),
         ({"weight": torch.zeros(16)[::2]}, ValueError, "weight must be contiguous"),
         ({"weight": 1.0}, TypeError, "weight must be a torch.Tensor"),
         ({"weight": torch.zeros(8, device="meta")}, ValueError, "weight must be on cpu, got meta"),
@@ -128,7 +148,7 @@ def test_layernorm_of_nothing(device, dtype, shape):
         ({"out": torch.zeros(8, 2).t()}, ValueError, "out must be contiguous"),
         ({"out": "x"}, TypeError, "out must be a torch.Tensor"),
     ],
-)  # fmt: skip
+)
 def test_layernorm_refuses(change, error, message):
     given = {"hidden_states": torch.zeros(2, 8), "weight": None, "bias": None} | change
     with pytest.raises(error, match=message):
@@ -141,5 +161,7 @@ def test_layernorm_refuses_cuda_without_a_cuda_build(monkeypatch):
     from eet_patch.ops import checks
 
     monkeypatch.setattr(checks, "HAS_CUDA", False)
-    with pytest.raises(ValueError, match="hidden_states is on cuda:0, but eet_patch was built without"):
+    with pytest.raises(
+        ValueError, match="hidden_states is on cuda:0, but eet_patch was built without"
+    ):
         ops.layernorm(torch.zeros(2, 8, device="cuda"), None, None)

@@ -1,4 +1,4 @@
-"""The references against PyTorch's own modules, in float64, so that the truth has a second opinion. Needs no kernel."""
+"""The references against PyTorch's own modules in float64: a second opinion. Needs no kernel."""
 
 import pytest
 import torch
@@ -68,9 +68,8 @@ def test_attention_packed():
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_encoder_layer(norm, weight_layout):
     """Attention block and feed-forward block together are `nn.TransformerEncoderLayer`."""
-    layer = nn.TransformerEncoderLayer(
-        16, 4, 32, dropout=0, activation="gelu", batch_first=True, norm_first=norm == "pre", dtype=F64
-    )  # fmt: skip
+    options = {"dropout": 0, "activation": "gelu", "batch_first": True, "dtype": F64}
+    layer = nn.TransformerEncoderLayer(16, 4, 32, norm_first=norm == "pre", **options)
     x = torch.randn(2, 5, 16, dtype=F64)
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     turn = (lambda w: w) if weight_layout == "out_in" else (lambda w: w.t())
