@@ -1,4 +1,6 @@
-"""What the model tests share: tiny models, the error bound of a whole model, and what the report must say."""
+"""What the model tests share: tiny models, the error bound of a whole model, and what the report
+must say.
+"""
 
 import copy
 import importlib.metadata
@@ -36,7 +38,7 @@ FAMILY = {
 NUM_LAYERS = 2
 
 
-# --- models ------------------------------------------------------------------------------------------------------
+# --- models --------------------------------------------------------------------------------------
 
 
 def randomised(model, seed=0):
@@ -49,7 +51,7 @@ def randomised(model, seed=0):
                 parameter.add_(0.2 * noise)
             else:
                 # Positions weigh most: else a tied head repeats its last token for ever.
-                scale = 4.0 if "wpe" in name else 1.2
+                scale = 4.0 if "wpe" in name or "position_embeddings" in name else 1.2
                 parameter.copy_(scale * noise / parameter.shape[-1] ** 0.5)
     return model.eval()
 
@@ -70,7 +72,10 @@ def bert_config(folder="bert", **changes):
         settings["embedding_size"] = 24
     if folder == "roc_bert":
         settings.update(
-            shape_embed_dim=16, shape_vocab_size=300, pronunciation_embed_dim=8, pronunciation_vocab_size=300
+            shape_embed_dim=16,
+            shape_vocab_size=300,
+            pronunciation_embed_dim=8,
+            pronunciation_vocab_size=300,
         )  # fmt: skip
     if folder not in ("bert_generation", "roc_bert"):
         settings["type_vocab_size"] = 2
@@ -121,7 +126,9 @@ def token_ids(batch, length, device="cpu", vocab_size=300, seed=1):
 
 
 def padding(lengths, width, side, device="cpu"):
-    """An int64 mask (len(lengths), width) whose rows keep as many tokens, with the padding on `side`."""
+    """An int64 mask (len(lengths), width) whose rows keep as many tokens, with the padding on
+    `side`.
+    """
     mask = torch.zeros(len(lengths), width, dtype=torch.int64)
     for row, length in enumerate(lengths):
         if side == "right":
@@ -143,7 +150,7 @@ def batch_of(side, device="cpu", lengths=(11, 4, 7), vocab_size=300):
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
 
 
-# --- what the report says -----------------------------------------------------------------------------------------
+# --- what the report says ------------------------------------------------------------------------
 
 
 def assert_replaced(name, calls=None):
@@ -165,7 +172,9 @@ def assert_fell_back(name, reason, calls=None):
 
 @contextmanager
 def patched(*names, calls=None, **options):
-    """`eet_patch.enabled()`, which asserts at its end that each of these targets ran our code and only that."""
+    """`eet_patch.enabled()`, which asserts at its end that each of these targets ran our code and
+    only that.
+    """
     eet_patch.reset_report()
     with eet_patch.enabled(**options):
         yield
@@ -173,7 +182,7 @@ def patched(*names, calls=None, **options):
             assert_replaced(name, calls)
 
 
-# --- comparing ----------------------------------------------------------------------------------------------------
+# --- comparing -----------------------------------------------------------------------------------
 
 
 def in_double(model):
@@ -181,20 +190,23 @@ def in_double(model):
 
 
 def assert_as_accurate(out, own, truth, name="output"):
-    """Promise 1: at most 1.5 times the unpatched model's own distance from an fp64 run, plus 1e-6."""
+    """Promise 1: at most 1.5 times the unpatched model's own distance from fp64, plus 1e-6."""
     assert out.shape == own.shape and out.dtype == own.dtype and out.device == own.device
     error, own_error = relative_error(out, truth), relative_error(own, truth)
     bound = MAX_ERROR_RATIO * own_error + ERROR_SLACK
-    assert error <= bound, f"{name}: error {error:.3e}, unpatched {own_error:.3e}, bound {bound:.3e}"
+    assert error <= bound, (
+        f"{name}: error {error:.3e}, unpatched {own_error:.3e}, bound {bound:.3e}"
+    )
 
 
 def compare(model, run, names, keep=None, **options):
-    """Runs `run(model)` unpatched, patched and in fp64, and asserts the bound; returns the patched output.
+    """Runs `run(model)` unpatched, patched and in fp64, and asserts the bound; returns the patched
+    output.
 
     Args:
         run: (model) -> a tensor, or a tuple of them; makes floating inputs in `model.dtype`.
         names: targets that must have run our code.
-        keep: mask of the real positions: (batch, seq_len) of the first two dimensions. None compares everything.
+        keep: mask (batch, seq_len) of the real positions. None compares all of them.
     """
     names = (names,) if isinstance(names, str) else names
     with torch.no_grad():
@@ -214,7 +226,8 @@ def compare(model, run, names, keep=None, **options):
 def assert_same_tokens(model, prompt_length, own, out, **forward):
     """Tokens of two greedy generations are equal, and in half precision part only at a near tie.
 
-    A near tie: the unpatched model's two best logits after the common prefix are closer than what the unpatched and
+    A near tie: the unpatched model's two best logits after the common prefix are closer than what
+    the unpatched and
     the patched model may err there, which is 1 + 1.5 times the unpatched model's own error.
     """
     if torch.equal(own, out):
@@ -240,14 +253,16 @@ def assert_same_tokens(model, prompt_length, own, out, **forward):
             truth = double(prefix, **inputs).logits[0, -1]
         best = logits.topk(2).values
         error = (logits - truth).abs().max().item()
-        assert best[0] - best[1] <= 2 * (1 + MAX_ERROR_RATIO) * error, f"row {row} parts at {position}"
+        assert best[0] - best[1] <= 2 * (1 + MAX_ERROR_RATIO) * error, (
+            f"row {row} parts at {position}"
+        )
 
 
-# --- other processes ------------------------------------------------------------------------------------------------
+# --- other processes -----------------------------------------------------------------------------
 
 
 def run_python(code, *args, check=True, **environment):
-    """Runs Python code in a fresh interpreter and returns the finished process, its output as text."""
+    """Runs Python code in a fresh interpreter and returns the finished process."""
     env = dict(os.environ, OMP_NUM_THREADS="2", **environment)
     paths = [str(REPOSITORY), str(REPOSITORY / "integration_tests"), env.get("PYTHONPATH", "")]
     env["PYTHONPATH"] = os.pathsep.join(path for path in reversed(paths) if path)

@@ -71,7 +71,13 @@ inline float softmax_step(const float* scores, const float* terms, int64_t limit
     maximum = reduce_max(highest);
   }
   maximum = maximum > running->maximum ? maximum : running->maximum;
-  if (maximum == -kInfinity) {  // every key so far is excluded
+  if (maximum == -kInfinity) {  // every key so far is excluded, or its score is NaN
+    const float* kept = weights;
+    for (int64_t first = 0; first < limit; first += kLanes, kept += stride) {
+      for (int64_t j = 0; j < kLanes && first + j < limit; ++j) {
+        if (kept[j] != kept[j]) running->sum = kept[j];
+      }
+    }
     for (int64_t j = 0; j < padded; j += kLanes, weights += stride) store(weights, zero());
     return 1.0f;
   }

@@ -24,31 +24,38 @@ EET_INLINE Vec exp(Vec x) {
   return select_less(x, lowest, zero(), scale_by_power(p, n));
 }
 
-// erf as an odd rational function on [-4, 4], constant beyond; absolute error below 2e-7. Coefficients as in Eigen
-// (generic_fast_erf_float, MPL-2.0) and XLA.
-EET_INLINE Vec erf(Vec x) {
-  x = min(set1(4.0f), max(set1(-4.0f), x));
-  const Vec t = x * x;
-  Vec p = fma(t, set1(-2.72614225801306e-10f), set1(2.77068142495902e-08f));
-  p = fma(p, t, set1(-2.10102402082508e-06f));
-  p = fma(p, t, set1(-5.69250639462346e-05f));
-  p = fma(p, t, set1(-7.34990630326855e-04f));
-  p = fma(p, t, set1(-2.95459980854025e-03f));
-  p = fma(p, t, set1(-1.60960333262415e-02f));
-  Vec q = fma(t, set1(-1.45660718464996e-05f), set1(-2.13374055278905e-04f));
-  q = fma(q, t, set1(-1.68282697438203e-03f));
-  q = fma(q, t, set1(-7.37332916720468e-03f));
-  q = fma(q, t, set1(-1.42647390514189e-02f));
-  return x * p / q;
+// 1 - erf(z) for z >= 0, relative error below 2e-7 up to z = 9: exp(-z^2) t P(t) with t = 1 / (1 + z / 2). P is a
+// least squares fit reweighted towards the minimax error, 4e-8. A form whose error is relative keeps the tail of gelu,
+// where 1 + erf(x) cancels.
+EET_INLINE Vec erfc(Vec z) {
+  const Vec t = set1(1.0f) / fma(z, set1(0.5f), set1(1.0f));
+  Vec p = fma(t, set1(-5.888852325e-02f), set1(2.836918712e-01f));
+  p = fma(p, t, set1(-4.853645450e-01f));
+  p = fma(p, t, set1(2.759580877e-01f));
+  p = fma(p, t, set1(-2.516503323e-02f));
+  p = fma(p, t, set1(2.020649314e-01f));
+  p = fma(p, t, set1(2.432621452e-01f));
+  p = fma(p, t, set1(2.823533399e-01f));
+  p = fma(p, t, set1(2.820876840e-01f));
+  return exp(zero() - z * z) * (t * p);
 }
 
 // x / (1 + exp(-y)): silu for y = x, the tanh form of gelu for y = 2 sqrt(2/pi) (x + 0.044715 x^3), without cancellation
-EET_INLINE Vec gate(Vec x, Vec y) { return x / (set1(1.0f) + exp(zero() - y)); }
+EET_INLINE Vec gate(Vec x, Vec y) {
+  const Vec power = zero() - y;
+  // exp ends at 88.3, and a huge x over its value there would not be 0.
+  const Vec e = select_less(set1(88.0f), power, set1(__builtin_inff()), exp(power));
+  return x / (set1(1.0f) + e);
+}
 
 template <Activation kActivation>
 EET_INLINE Vec activate(Vec x) {
   if (kActivation == Activation::kGeluErf) {
-    return set1(0.5f) * x * (set1(1.0f) + erf(x * set1(0.70710678118654752f)));
+    // x Phi(x), from the tail: half x erfc(|x| / sqrt 2) below 0, x less that above.
+    const Vec near = min(set1(30.0f), max(set1(-30.0f), x));  // keeps NaN; infinity times 0 is NaN
+    const Vec size = max(near, zero() - near);
+    const Vec tail = set1(0.5f) * near * erfc(size * set1(0.70710678118654752f));
+    return select_less(zero(), x, x - tail, tail);
   }
   if (kActivation == Activation::kGeluTanh) {
     const Vec y = x * fma(x * x, set1(2 * 0.79788456080286536f * 0.044715f), set1(2 * 0.79788456080286536f));

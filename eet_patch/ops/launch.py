@@ -26,9 +26,9 @@ from eet_patch.ops._extension import (
 )
 
 MAX_SKINNY_ROWS = EXTENSION.MAX_SKINNY_ROWS if EXTENSION is not None else 0
-# With 16-bit weights torch's CPU products use bf16 instructions; ours read each weight once and win
-# only where memory bandwidth is the limit.
-MAX_HALF_ROWS_ON_CPU = 8
+# torch's CPU products use bf16 instructions; ours read each weight once and win only where memory
+# bandwidth is the limit. Its float16 products are several times slower than ours at any size.
+MAX_BFLOAT16_ROWS_ON_CPU = 8
 
 Mask = tuple[int, int, int, int, int, int]
 Weights = tuple[Tensor, ...]
@@ -81,7 +81,7 @@ def uses_our_products(tensor: Tensor, rows: int) -> bool:
         return rows <= MAX_SKINNY_ROWS
     if tensor.dtype == torch.float32:
         return CPU_PRODUCTS_ARE_OURS or rows <= MAX_SKINNY_ROWS
-    return rows <= MAX_HALF_ROWS_ON_CPU
+    return tensor.dtype == torch.float16 or rows <= MAX_BFLOAT16_ROWS_ON_CPU
 
 
 def linear(

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from eet_patch._C import build_info
 
 from eet_patch import ops
-from eet_patch._C import build_info
 from eet_patch.testing import assert_as_accurate_as_torch, inputs, reference
 
 

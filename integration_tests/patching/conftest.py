@@ -16,7 +16,9 @@ def fresh_warnings(monkeypatch):
 
 @pytest.fixture
 def host():
-    """Makes a made-up host: host(targets, version=..., imported=...) -> its module of layers, or its finder."""
+    """Makes a made-up host: host(targets, version=..., imported=...) -> its module of layers, or
+    its finder.
+    """
     names = []
 
     def make(*targets, version="1.5", imported=True, during=None):

@@ -1,18 +1,30 @@
-"""More calls that must run the original: attention implementations, masks, caches, cross-attention, GPT-2's head."""
+"""More calls that must run the original: attention implementations, masks, caches, cross-attention,
+GPT-2's head.
+"""
 
 import torch
 import transformers
-from fallback_cases import CustomCache, bert_layer, call, case, first, gpt2, hidden, with_instance_update  # fmt: skip
+from fallback_cases import (
+    CustomCache,
+    bert_layer,
+    call,
+    case,
+    first,
+    gpt2,
+    hidden,
+    with_instance_update,
+)
 from helpers import token_ids
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
+BROADCAST = "attention_mask must broadcast to (batch_size, num_heads, q_len, kv_len) = (2, 4, 6, 6)"
 CONTIGUOUS_GPT2 = (
     "encoder_hidden_states have another batch or hidden size, or are not contiguous"
 )  # fmt: skip
 
 
-# --- attention implementations --------------------------------------------------------------------------------------
+# --- attention implementations -------------------------------------------------------------------
 
 
 def made_up_attention(module, query, key, value, attention_mask, **kwargs):
@@ -58,7 +70,7 @@ def replaced_sdpa(device):
     return run
 
 
-# --- masks ----------------------------------------------------------------------------------------------------------
+# --- masks ---------------------------------------------------------------------------------------
 
 
 def masked(mask):
@@ -79,16 +91,12 @@ def integer_mask(device):
     return masked(torch.zeros(2, 1, 1, 6, dtype=torch.int64))(device)
 
 
-@case(
-    "attention_mask must broadcast to (batch_size, num_heads, q_len, kv_len) = (2, 4, 6, 6), got shape (2, 1, 6, 5)"
-)
+@case(f"{BROADCAST}, got shape (2, 1, 6, 5)")
 def mask_that_does_not_broadcast(device):
     return masked(torch.zeros(2, 1, 6, 5))(device)
 
 
-@case(
-    "attention_mask must broadcast to (batch_size, num_heads, q_len, kv_len) = (2, 4, 6, 6), got shape (6, 6, 6)"
-)
+@case(f"{BROADCAST}, got shape (6, 6, 6)")
 def three_dimensional_mask(device):
     return masked(torch.zeros(6, 6, 6))(device)
 
@@ -100,7 +108,7 @@ def mask_of_another_type(device):
     return lambda: first(layer(x, attention_mask=mask))
 
 
-# --- caches -----------------------------------------------------------------------------------------------------------
+# --- caches --------------------------------------------------------------------------------------
 
 
 def with_cache(make, prepare=None):
@@ -158,7 +166,7 @@ def layer_without_index(device):
     return with_cache(lambda model: DynamicCache(), prepare)(device)
 
 
-# --- cross-attention --------------------------------------------------------------------------------------------------
+# --- cross-attention -----------------------------------------------------------------------------
 
 DECODER = {"is_decoder": True, "add_cross_attention": True}
 
@@ -275,7 +283,7 @@ def eager_cross_attention(device):
     return gpt2_crossed(device, hidden(device, 2, 5, 48), attn_implementation="eager")
 
 
-# --- GPT-2's language model head ------------------------------------------------------------------------------------
+# --- GPT-2's language model head -----------------------------------------------------------------
 
 HEAD = "gpt2_lm_head"
 

@@ -1,4 +1,6 @@
-"""A made-up host library with targets of its own, to show what the engine does without any real host."""
+"""A made-up host library with targets of its own, to show what the engine does without any real
+host.
+"""
 
 import importlib.machinery
 import sys
@@ -11,10 +13,23 @@ from eet_patch.patching import Adapter, PatchTarget
 
 HOST = "made_up_host"
 MODULE = f"{HOST}.layers"
+ONE = torch.ones(2)
+
+
+def on(cls):
+    """Whether calls of a made-up layer run the replacement (times 100) and not the original (plus
+    1).
+    """
+    with torch.no_grad():
+        out = cls()(ONE)
+    assert out.tolist() in ([2, 2], [100, 100])
+    return bool(out[0] == 100)
 
 
 def scaling_adapter(factor=100.0, calls=None):
-    """An adapter whose replacement returns hidden_states * factor; a layer's `reason` attribute makes it fall back."""
+    """An adapter whose replacement returns hidden_states * factor; a layer's `reason` attribute
+    makes it fall back.
+    """
 
     def adapter(cls, original):
         def plan(layer, arguments):
@@ -76,7 +91,9 @@ def insert(host, layers):
 
 
 class Finder:
-    """Serves the made-up modules to the import system; `during` runs while `layers` is half imported."""
+    """Serves the made-up modules to the import system; `during` runs while `layers` is half
+    imported.
+    """
 
     def __init__(self, version="1.5", during=None):
         self.host, self.layers = make_module(version)

@@ -37,7 +37,8 @@ def test_without_the_extension_models_run_unpatched():
         row = report["bert_layer"]
         assert row.replaced == 0
         assert row.status == (
-            "not applied: the extension could not be loaded (ImportError: undefined symbol: made_up)"
+            "not applied: the extension could not be loaded "
+            "(ImportError: undefined symbol: made_up)"
         ), row.status
         assert "extension not loaded: ImportError: undefined symbol: made_up" in str(report)
         eet_patch.disable()

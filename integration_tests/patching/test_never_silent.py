@@ -1,4 +1,6 @@
-"""Promise 4: what no kernel supports runs the original, gives its answer, and is reported with the reason."""
+"""Promise 4: what no kernel supports runs the original, gives its answer, and is reported with the
+reason.
+"""
 
 import inspect
 import re
@@ -6,6 +8,7 @@ import types
 import warnings
 
 import fallback_cases_attention  # noqa: F401  registers its cases
+import fallback_cases_modules  # noqa: F401
 import pytest
 import torch
 from fallback_cases import ATTENTIONS, CASES, REASONS
@@ -60,7 +63,9 @@ def assert_equal(out, own):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore")
 def test_fallback(device, name):
-    """Bit for bit the unpatched answer (or exception), counted once for exactly this reason; strict raises it."""
+    """Bit for bit the unpatched answer (or exception), counted once for exactly this reason; strict
+    raises it.
+    """
     case = CASES[name]
     reason = case.reason.format(device=device)
     run = case.build(device)
@@ -87,7 +92,9 @@ def test_a_model_that_nothing_hinders_is_replaced_under_strict(device):
 
 @pytest.mark.parametrize("make, name", [(tiny_bert, "bert_layer"), (tiny_gpt2, "gpt2_block")])
 def test_only_the_hindered_layer_falls_back(device, make, name):
-    model = make(device=device, num_hidden_layers=3) if make is tiny_bert else make(device, n_layer=3)  # fmt: skip
+    model = (
+        make(device=device, num_hidden_layers=3) if make is tiny_bert else make(device, n_layer=3)
+    )
     layers = model.encoder.layer if make is tiny_bert else model.transformer.h
     layers[1].register_forward_hook(lambda module, args, out: out)  # on the layer itself: harmless
     (layers[1].output.dense if make is tiny_bert else layers[1].mlp.c_fc).register_forward_hook(
@@ -103,7 +110,7 @@ def test_only_the_hindered_layer_falls_back(device, make, name):
     torch.testing.assert_close(out, own, rtol=1e-4, atol=1e-4)
 
 
-# --- gradients --------------------------------------------------------------------------------------------------
+# --- gradients -----------------------------------------------------------------------------------
 
 
 def test_a_plain_call_says_the_remedy_once():
@@ -157,7 +164,7 @@ def test_one_trainable_bias_needs_gradients(device):
     assert_fell_back("bert_layer", GRADIENTS, calls=2)
 
 
-# --- what the fused layer doesn't form ---------------------------------------------------------------------------
+# --- what the fused layer doesn't form -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("make, name", [(tiny_bert, "bert_layer"), (tiny_gpt2, "gpt2_block")])
@@ -203,7 +210,7 @@ def test_cross_attentions_are_complete(device):
     assert len(out) == 2 and all(torch.equal(a, b) for a, b in zip(out, own, strict=True))
 
 
-# --- methods replaced on the classes -------------------------------------------------------------------------------
+# --- methods replaced on the classes -------------------------------------------------------------
 
 
 def submodule_classes(model, path):
@@ -223,7 +230,9 @@ def submodule_classes(model, path):
 )
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_forward_replaced_on_a_submodules_class(monkeypatch, device, make, path, name, when):
-    """Another library patches the class of a submodule, before or after enable(): its code must run."""
+    """Another library patches the class of a submodule, before or after enable(): its code must
+    run.
+    """
     model, ids = make(device=device), token_ids(2, 6, device)
     cls, count = submodule_classes(model, path), []
     original = cls.forward
@@ -246,7 +255,9 @@ def test_a_forward_replaced_on_a_submodules_class(monkeypatch, device, make, pat
 def test_a_subclass_of_the_model_with_layers_of_its_own():
     model = tiny_bert()
     layer = model.encoder.layer[0]
-    layer.forward = types.MethodType(type(layer).forward, layer)  # bound per instance, before enable()
+    layer.forward = types.MethodType(
+        type(layer).forward, layer
+    )  # bound per instance, before enable()
     ids = token_ids(2, 6)
     with torch.no_grad():
         own = model(ids)[0]
@@ -255,7 +266,7 @@ def test_a_subclass_of_the_model_with_layers_of_its_own():
     assert eet_patch.report()["bert_layer"].replaced == 1  # the other layer
 
 
-# --- the report --------------------------------------------------------------------------------------------------
+# --- the report ----------------------------------------------------------------------------------
 
 
 def test_the_report_as_text_and_as_data():
@@ -298,7 +309,9 @@ def test_the_remedy_is_said_once_per_process():
 
 
 def test_every_reason_has_a_case():
-    """Each reason that stands in the source as text is the reason of a case, or of a test named here."""
+    """Each reason that stands in the source as text is the reason of a case, or of a test named
+    here.
+    """
     elsewhere = (GRADIENTS, "the attention mask is on", "the attention implementation is {name!r}")
     for module in (gates, bert, gpt2, gpt2_lm_head, host, kv_cache):
         source = inspect.getsource(module)

@@ -1,4 +1,6 @@
-"""Promise 5: training, hooks, compilers, copies, workers and every global switch are as without the patch."""
+"""Promise 5: training, hooks, compilers, copies, workers and every global switch are as without the
+patch.
+"""
 
 import copy
 import io
@@ -31,7 +33,7 @@ MODELS = [(tiny_bert, "bert_layer"), (tiny_gpt2, "gpt2_block")]
 both = pytest.mark.parametrize("make, name", MODELS)
 
 
-# --- training -----------------------------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------
 
 
 def training_step(make, device, **checkpointing):
@@ -78,7 +80,9 @@ def test_a_training_step_is_bit_identical(device, make, name, checkpointing):
 
 
 def test_checkpointed_layers_recognise_themselves():
-    """From 5.23 on the parent class wraps `forward` and compares identity: the wrapper must be the class's newest."""
+    """From 5.23 on the parent class wraps `forward` and compares identity: the wrapper must be the
+    class's newest.
+    """
     from transformers.models.bert.modeling_bert import BertLayer
 
     wrapped = HOST >= Version("5.23")
@@ -99,7 +103,7 @@ def test_training_then_inference_then_training(device):
         model.train()(ids, labels=ids).loss.backward()
 
 
-# --- compilers and transforms ------------------------------------------------------------------------------------------
+# --- compilers and transforms --------------------------------------------------------------------
 
 
 @both
@@ -121,7 +125,9 @@ def test_torch_compile_equals_and_does_not_recompile(device, make, name, backend
 
 @both
 def test_a_layer_stack_compiles_as_one_graph(device, make, name):
-    """fullgraph: nothing of ours may break the graph of a stack of layers that the host itself allows."""
+    """fullgraph: nothing of ours may break the graph of a stack of layers that the host itself
+    allows.
+    """
     model = make(device=device)
     layers = model.encoder.layer if make is tiny_bert else model.transformer.h
 
@@ -196,7 +202,7 @@ def test_flops_are_counted_as_before(device, make, name):
     assert_fell_back(name, "a torch dispatch mode or function transform is active")
 
 
-# --- copies and workers -------------------------------------------------------------------------------------------------
+# --- copies and workers --------------------------------------------------------------------------
 
 
 def copies(model, how):
@@ -243,7 +249,9 @@ def test_workers(monkeypatch, method):
     if method == "fork" and torch.cuda.is_initialized():
         pytest.skip("CUDA can't be used after a fork")
     paths = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *paths])))  # fmt: skip
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *paths]))
+    )
     context = multiprocessing.get_context(method)
     model, ids = tiny_bert(), token_ids(2, 6)
     with torch.no_grad(), eet_patch.enabled():
@@ -259,7 +267,7 @@ def test_workers(monkeypatch, method):
     assert eet_patch.report()["bert_layer"].replaced == 0  # the worker's counts are its own
 
 
-# --- hooks and other libraries --------------------------------------------------------------------------------------------
+# --- hooks and other libraries -------------------------------------------------------------------
 
 
 @both
@@ -310,7 +318,7 @@ def test_hooks_on_the_layer_itself_run_around_ours(device, make, name):
     assert seen == ["before", "after"]
 
 
-# --- the process ---------------------------------------------------------------------------------------------------------
+# --- the process ---------------------------------------------------------------------------------
 
 
 def switches():
@@ -329,7 +337,9 @@ def switches():
         "rng": torch.get_rng_state().tolist(),
         "sdp": torch.backends.cuda.flash_sdp_enabled(),
         "environment": dict(os.environ),
-        "loggers": [(n, getattr(g, "level", 0)) for n, g in sorted(logging.root.manager.loggerDict.items())],  # fmt: skip
+        "loggers": [
+            (n, getattr(g, "level", 0)) for n, g in sorted(logging.root.manager.loggerDict.items())
+        ],
         "handlers": list(logging.root.handlers),
         "excepthook": sys.excepthook,
     }

@@ -1,4 +1,6 @@
-"""Promise 1: the same answers, within 1.5 times the unpatched model's own error, and the same bits in every run."""
+"""Promise 1: the same answers, within 1.5 times the unpatched model's own error, and the same bits
+in every run.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,11 @@ from helpers import (
     token_ids,
 )
 
-SHAPES = [(1, 1), (2, 9), (3, 70)]  # least; decode-sized products; more rows than any skinny kernel takes
+SHAPES = [
+    (1, 1),
+    (2, 9),
+    (3, 70),
+]  # least; decode-sized products; more rows than any skinny kernel takes
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -103,7 +109,7 @@ def test_tokens_are_equal(device, dtype, num_beams):
 
 
 def test_nothing_real_to_attend_gives_no_nan(device, dtype):
-    """A row of padding alone: whatever stands there, the other rows are right and nothing is NaN."""
+    """A row of padding alone: the other rows are right and nothing is NaN."""
     bert = tiny_bert("bert", device, dtype)
     inputs = batch_of("right", device, (7, 0, 3))
     out = compare(
@@ -113,7 +119,9 @@ def test_nothing_real_to_attend_gives_no_nan(device, dtype):
 
 
 def test_empty_batch_and_empty_sequence(device):
-    """As the host does; where its own sdpa refuses an empty batch, an empty result or another error is as good."""
+    """As the host does; where its own sdpa refuses an empty batch, an empty result or another error
+    is as good.
+    """
     bert = tiny_bert("bert", device)
     for shape in ((0, 5), (2, 0)):
         ids = torch.zeros(shape, dtype=torch.int64, device=device)

@@ -1,4 +1,6 @@
-"""Promise 2: no weight is copied, packed or moved; every change of a weight is seen by the next call."""
+"""Promise 2: no weight is copied, packed or moved; every change of a weight is seen by the next
+call.
+"""
 
 import copy
 
@@ -55,7 +57,9 @@ def test_every_tensor_stays_where_it_is(kind, device, dtype):
 
 
 def test_no_state_is_left_on_the_modules(kind, device):
-    """No attribute, buffer, module or hook of ours: pickles, checkpoints and __repr__ stay the host's."""
+    """No attribute, buffer, module or hook of ours: pickles, checkpoints and __repr__ stay the
+    host's.
+    """
     model, name = build(kind, device)
     last_hidden(model, token_ids(1, 5, device))  # the host's own lazily set attributes
     before = {path: set(vars(module)) for path, module in model.named_modules()}
@@ -102,7 +106,7 @@ def test_weights_shared_between_layers(device):
     assert_seen(model, "bert_layer", device, lambda: None)
 
 
-# --- every way in which a weight can change ------------------------------------------------------------------------
+# --- every way in which a weight can change ------------------------------------------------------
 
 
 def inner_weight(model):
@@ -113,7 +117,7 @@ def inner_weight(model):
 
 
 def assert_seen(model, name, device, change):
-    """After `change()` the patched model gives what an unpatched one gives with the same weights."""
+    """After `change()` the patched model gives what an unpatched one with these weights gives."""
     ids = token_ids(2, 6, device)
     with patched(name):
         last_hidden(model, ids)
@@ -192,7 +196,9 @@ def test_load_state_dict(kind, device):
 
 def test_load_state_dict_assign(kind, device):
     model, name = build(kind, device)
-    state = {key: value.clone() for key, value in MODELS[kind][0](seed=7).to(device).state_dict().items()}  # fmt: skip
+    state = {
+        key: value.clone() for key, value in MODELS[kind][0](seed=7).to(device).state_dict().items()
+    }
     assert_seen(model, name, device, lambda: model.load_state_dict(state, assign=True))
 
 
@@ -268,7 +274,9 @@ def test_a_deep_copy_has_weights_of_its_own(kind, device):
 
 
 def test_memory_beyond_the_model_is_bounded_and_reported(device):
-    """A cache grows by blocks of 64 tokens and an eighth: what no token fills yet is what the report says."""
+    """A cache grows by blocks of 64 tokens and an eighth: what no token fills yet is what the
+    report says.
+    """
     model = tiny_gpt2(device)
     sizes = []
     with torch.no_grad(), patched("gpt2_block"):
