@@ -4,6 +4,7 @@ think of.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -68,15 +69,24 @@ def needs_gradients(layer: nn.Module, arguments: dict[str, Any]) -> bool:
     return any(parameter.requires_grad for parameter in layer.parameters())
 
 
+# The forward of each submodule class that fusion skips, as its own module wrote it.
+_own_forwards: dict[type, Any] = {}
+
+
 def submodule_reason(module: Any, cls: type, ignorable_hook: Any = None) -> str | None:
-    """Why a submodule may not be skipped by fusion: another type, hooks, or a forward of its own.
+    """Why a submodule may not be skipped by fusion: another type, hooks, or a replaced forward.
 
     `ignorable_hook(hook)` tells a forward hook that does nothing in this call.
     """
     if type(module) is not cls:
         return f"a submodule is a {type(module).__name__}, not a {cls.__name__}"
-    state = module.__dict__
-    if "forward" in state:
+    state, forward = module.__dict__, cls.forward  # type: ignore[attr-defined]
+    if _own_forwards.get(cls) is not forward:
+        if not _is_own(forward, cls):
+            return f"the forward of {cls.__name__}, which fusion would skip, was replaced"
+        _own_forwards[cls] = forward
+    bound = state.get("forward")
+    if bound is not None and getattr(bound, "__func__", None) is not forward:
         return f"the forward of a submodule ({cls.__name__}) was replaced"
     for name in _HOOK_DICTS:
         hooks = state[name]
@@ -86,6 +96,14 @@ def submodule_reason(module: Any, cls: type, ignorable_hook: Any = None) -> str 
                     continue
             return f"a submodule ({cls.__name__}) has hooks, which fusion would skip"
     return None
+
+
+def _is_own(forward: Any, cls: type) -> bool:
+    """Whether a class's forward, beneath its decorators, was written where the class was."""
+    owner = next(c for c in cls.__mro__ if "forward" in vars(c))
+    function = inspect.unwrap(forward)
+    module = getattr(function, "__globals__", {}).get("__name__")
+    return module == owner.__module__ and function.__qualname__ == f"{owner.__qualname__}.forward"
 
 
 def parameter_reason(parameter: Any, like: Tensor, shape: tuple[int, ...]) -> str | None:

@@ -234,21 +234,23 @@ def _refresh() -> None:
 
 
 def _module_imported(module: ModuleType) -> None:
-    # An exception in here would break the user's import.
-    try:
-        with _lock:
-            options = _scopes[-1][1] if _scopes else _explicit
-            if options is None:
-                return
-            for patch in _patches.values():
-                if patch.target.module == module.__name__ and options.selects(patch.target):
-                    _install(patch, module)
-    except Exception as error:
-        warn_once(
-            f"install {module.__name__}",
-            f"eet_patch could not patch {module.__name__} ({type(error).__name__}: {error}); "
-            "it runs unpatched",
-        )
+    with _lock:
+        options = _scopes[-1][1] if _scopes else _explicit
+        if options is None:
+            return
+        for patch in _patches.values():
+            if patch.target.module != module.__name__ or not options.selects(patch.target):
+                continue
+            # An exception in here would break the user's import.
+            try:
+                _install(patch, module)
+            except Exception as error:
+                patch.status = f"not applied: {type(error).__name__}: {error}"
+                warn_once(
+                    f"install {patch.target.name}",
+                    f"eet_patch could not patch {module.__name__} "
+                    f"({type(error).__name__}: {error}); it runs unpatched",
+                )
 
 
 def retry_half_imported() -> None:
@@ -262,7 +264,7 @@ def retry_half_imported() -> None:
 
 
 def _install(patch: Patch, module: ModuleType) -> None:
-    if patch.active:
+    if patch.active and _stands(patch):
         return
     target = patch.target
     requirement = Requirement(target.requires)
@@ -291,7 +293,7 @@ def _install(patch: Patch, module: ModuleType) -> None:
             else f"not applied: {target.module} has no {target.attribute}"
         )
         return
-    if patch.installed is not None and patch.cls is cls and current is not patch.original:
+    if patch.cls is cls and _stands(patch):
         # Disabled while somebody else's wrapper stood over ours: ours is still beneath it.
         _activate(patch)
         return
@@ -320,15 +322,43 @@ def _uninstall(patch: Patch) -> None:
     method = patch.target.attribute.partition(".")[2]
     assert patch.cls is not None
     if vars(patch.cls).get(method) is not patch.installed:
-        # Somebody wrapped ours since: it stays, and hands every call to the original.
-        patch.status = "inactive beneath another patch of the same method"
-        return
-    if patch.inherited:
+        if _stands(patch):
+            # Somebody wrapped ours since: it stays, and hands every call to the original.
+            patch.status = "inactive beneath another patch of the same method"
+            return
+    elif patch.inherited:
         delattr(patch.cls, method)
     else:
         setattr(patch.cls, method, patch.original)
     patch.cls = patch.original = patch.installed = None
     _order.remove(patch)
+
+
+def _stands(patch: Patch) -> bool:
+    """Whether calls of the class still reach the installed function, by itself or beneath wrappers.
+
+    Somebody who puts a method back that he found before us, or assigns his own, throws ours out.
+    """
+    if patch.cls is None:
+        return False
+    method = patch.target.attribute.partition(".")[2]
+    found = [inspect.getattr_static(patch.cls, method, None)]
+    seen: set[int] = set()
+    while found and len(seen) < 100:
+        candidate = found.pop()
+        if candidate is patch.installed:
+            return True
+        if candidate is None or id(candidate) in seen:
+            continue
+        seen.add(id(candidate))
+        for name in ("__wrapped__", "__func__", "func"):
+            found.append(getattr(candidate, name, None))
+        for cell in getattr(candidate, "__closure__", None) or ():
+            try:
+                found.append(cell.cell_contents if callable(cell.cell_contents) else None)
+            except ValueError:  # an empty cell
+                pass
+    return False
 
 
 def _beneath_init_subclass(method: Any) -> Any:

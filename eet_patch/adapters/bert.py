@@ -233,7 +233,7 @@ def _attention_reason(
         or norm_reason(out["LayerNorm"], like, hidden_size)
         or submodule_reason(modules["dropout"], nn.Dropout)
         or submodule_reason(out["dropout"], nn.Dropout)
-        or dropout_reason(own, modules["dropout"].p, out["dropout"].p)
+        or dropout_reason(own, modules["dropout"], out["dropout"])
     )
 
 
@@ -258,7 +258,7 @@ def _feed_forward_reason(
         or submodule_reason(out["LayerNorm"], nn.LayerNorm)
         or norm_reason(out["LayerNorm"], like, hidden_size)
         or submodule_reason(out["dropout"], nn.Dropout)
-        or dropout_reason(output, out["dropout"].p)
+        or dropout_reason(output, out["dropout"])
         or (submodule_reason(act, type(act)) if act is not None else None)
     )
 

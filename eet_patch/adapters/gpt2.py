@@ -207,7 +207,7 @@ def _attention_reason(attn: Any, conv_cls: type, like: Tensor, parts: int) -> st
         or linear_reason(modules["c_proj"], like, hidden_size, hidden_size, True)
         or submodule_reason(modules["attn_dropout"], nn.Dropout)
         or submodule_reason(modules["resid_dropout"], nn.Dropout)
-        or dropout_reason(attn, modules["attn_dropout"].p, modules["resid_dropout"].p)
+        or dropout_reason(attn, modules["attn_dropout"], modules["resid_dropout"])
     )
 
 
@@ -218,7 +218,7 @@ def _mlp_reason(mlp: Any, conv_cls: type, like: Tensor) -> str | None:
         submodule_reason(modules["c_fc"], conv_cls)
         or submodule_reason(modules["c_proj"], conv_cls)
         or submodule_reason(modules["dropout"], nn.Dropout)
-        or dropout_reason(mlp, modules["dropout"].p)
+        or dropout_reason(mlp, modules["dropout"])
         or submodule_reason(modules["act"], type(modules["act"]))
     )
     if reason is not None:

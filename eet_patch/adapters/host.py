@@ -159,7 +159,11 @@ def norm_reason(module: nn.LayerNorm, like: Tensor, hidden_size: int) -> str | N
     return reason
 
 
-def dropout_reason(layer: nn.Module, *probabilities: float) -> str | None:
-    if layer.training and any(probabilities):
-        return "dropout is active (the layer is in training mode); call model.eval() for inference"
+def dropout_reason(parent: nn.Module, *dropouts: Any) -> str | None:
+    """Why a dropout can't be left out: the parent's mode rules some, their own the others."""
+    for dropout in dropouts:
+        if dropout.p and (parent.training or dropout.training):
+            return (
+                "dropout is active (the layer is in training mode); call model.eval() for inference"
+            )
     return None

@@ -21,9 +21,10 @@ from eet_patch import reporting
 from eet_patch.ops.launch import KVCache, UpdateKV
 
 BLOCK = 64  # tokens by which a buffer grows at least
-_ATTRIBUTE = "_eet_patch_room"
-_lock = threading.Lock()
-_rooms: weakref.WeakSet[_Room] = weakref.WeakSet()
+_lock = threading.RLock()  # a reference may die, and call back, while it is held
+# id of a layer's keys -> a weak reference to them, and their room. Not an attribute of the tensor,
+# which copies and pickles of a cache would carry along.
+_rooms: dict[int, tuple[weakref.ref[Tensor], _Room]] = {}
 
 
 class _Room:
@@ -31,30 +32,39 @@ class _Room:
     taken.
     """
 
-    __slots__ = ("__weakref__", "key", "taken", "value")
+    __slots__ = ("key", "taken", "value")
 
     def __init__(self, key: Tensor, value: Tensor, taken: int) -> None:
         self.key, self.value, self.taken = key, value, taken
-
-    def __deepcopy__(self, memo: Any) -> None:
-        return None  # a copied cache starts with buffers of its own
-
-    def __reduce__(self) -> Any:
-        return (_no_room, ())
 
     def spare_bytes(self) -> int:
         batch, heads, capacity, head_dim = self.key.shape
         return 2 * batch * heads * (capacity - self.taken) * head_dim * self.key.element_size()
 
 
-def _no_room() -> None:
-    return None
+def _room_of(keys: Tensor) -> _Room | None:
+    entry = _rooms.get(id(keys))
+    return entry[1] if entry is not None and entry[0]() is keys else None
+
+
+def _remember(keys: Tensor, room: _Room) -> None:
+    number = id(keys)
+
+    def forget(reference: Any) -> None:
+        with _lock:
+            entry = _rooms.get(number)
+            if entry is not None and entry[0] is reference:
+                del _rooms[number]
+
+    with _lock:
+        _rooms[number] = (weakref.ref(keys, forget), room)
 
 
 def spare_bytes() -> int:
     """Bytes of all buffers behind caches that hold no token yet."""
     with _lock:
-        return sum(room.spare_bytes() for room in _rooms)
+        rooms = {id(room): room for _, room in _rooms.values()}
+        return sum(room.spare_bytes() for room in rooms.values())
 
 
 reporting.MEMORY["room behind KV caches"] = spare_bytes
@@ -146,7 +156,7 @@ def append_in_place(layer: Any, like: Tensor, shape: tuple[int, int, int, int]) 
         except TypeError:  # before 5.0 it took the keys alone
             layer.lazy_initialization(empty)
     end = past_len + q_len
-    room = getattr(keys, _ATTRIBUTE, None) if keys is not None else None
+    room = _room_of(keys) if keys is not None else None
     with _lock:
         free = (
             room is not None
@@ -154,7 +164,6 @@ def append_in_place(layer: Any, like: Tensor, shape: tuple[int, int, int, int]) 
             and end <= room.key.shape[2]
             and room.key.data_ptr() == keys.data_ptr()  # type: ignore[union-attr]
             and room.value.data_ptr() == values.data_ptr()  # type: ignore[union-attr]
-            and getattr(values, _ATTRIBUTE, None) is room
             and room.key.is_inference() == torch.is_inference_mode_enabled()
         )
         if free:
@@ -169,11 +178,8 @@ def append_in_place(layer: Any, like: Tensor, shape: tuple[int, int, int, int]) 
             key[:, :, :past_len].copy_(keys)
             value[:, :, :past_len].copy_(values)
         room = _Room(key, value, end)
-        with _lock:
-            _rooms.add(room)
     layer.keys, layer.values = room.key[:, :, :end], room.value[:, :, :end]
-    setattr(layer.keys, _ATTRIBUTE, room)
-    setattr(layer.values, _ATTRIBUTE, room)
+    _remember(layer.keys, room)
     return KVCache(room.key, room.value, past_len)
 
 
