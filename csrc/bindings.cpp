@@ -1,5 +1,6 @@
-// The module eet_patch._C: names and arguments, nothing else. Addresses, sizes and strides (in elements) arrive checked
-// by eet_patch/ops; `device` is -1 for the CPU or a CUDA ordinal. The GIL is released around the work.
+// The module eet_patch._C: names and arguments, nothing else. Addresses, sizes and strides (in
+// elements) arrive checked by eet_patch/ops; `device` is -1 for the CPU or a CUDA ordinal. The GIL
+// is released around the work.
 #include <pthread.h>
 #include <pybind11/pybind11.h>
 
@@ -51,14 +52,15 @@ void fill(const void* (&to)[3], const AddressTriple& from) {
 void raise(const char* op, const Status& status) {
   if (status.ok()) return;
   const std::string name = std::string("eet_patch.") + op + ": ";
-  if (status.code == Status::kBadIndex) throw py::index_error(name + "index out of range of its table");
+  if (status.code == Status::kBadIndex)
+    throw py::index_error(name + "index out of range of its table");
   if (status.code == Status::kUnsupported) {
     throw py::value_error(name + "these sizes are not supported on this device");
   }
 #ifdef EET_WITH_CUDA
   const auto error = static_cast<cudaError_t>(status.code);
-  throw std::runtime_error(name + "CUDA error " + std::to_string(status.code) + " (" + cudaGetErrorName(error) + "): " +
-                           cudaGetErrorString(error));
+  throw std::runtime_error(name + "CUDA error " + std::to_string(status.code) + " (" +
+                           cudaGetErrorName(error) + "): " + cudaGetErrorString(error));
 #else
   throw std::runtime_error(name + "failed with code " + std::to_string(status.code));
 #endif
@@ -98,16 +100,16 @@ class DeviceGuard {
 #endif
 };
 
-// The OpenMP threads of a process don't exist in a child that it forked, and a parallel region there
-// would wait for them for ever: a forked child computes on one thread.
+// The OpenMP threads of a process don't exist in a child that it forked, and a parallel region
+// there would wait for them for ever: a forked child computes on one thread.
 std::atomic<bool> in_forked_child{false};
 
 template <typename Args>
 using Op = Status (*)(const Args&, const Context&);
 
 template <typename Args>
-void run(const char* name, Op<Args> on_cpu, Op<Args> on_cuda, const Args& args, int device, Address stream,
-         int num_threads) {
+void run(const char* name, Op<Args> on_cpu, Op<Args> on_cuda, const Args& args, int device,
+         Address stream, int num_threads) {
   Status status;
   {
     py::gil_scoped_release release;
@@ -134,44 +136,77 @@ void run(const char* name, Op<Args> on_cpu, Op<Args> on_cuda, const Args& args, 
 #endif
 #define EET_RUN(op) run(#op, &cpu::op, EET_CUDA_OP(op), args, device, stream, num_threads)
 
-void embedding(Address out, Address word_weight, Address position_weight, Address token_type_weight, Address input_ids,
-               Address position_ids, Address token_type_ids, Address norm_weight, Address norm_bias, int64_t rows,
-               int64_t hidden_size, int64_t vocab_size, int64_t num_positions, int64_t num_token_types,
-               int64_t position_count, int64_t token_type_count, float word_scale, float eps, int dtype, int device,
+void embedding(Address out, Address word_weight, Address position_weight, Address token_type_weight,
+               Address input_ids, Address position_ids, Address token_type_ids, Address norm_weight,
+               Address norm_bias, int64_t rows, int64_t hidden_size, int64_t vocab_size,
+               int64_t num_positions, int64_t num_token_types, int64_t position_count,
+               int64_t token_type_count, float word_scale, float eps, int dtype, int device,
                Address stream, int num_threads) {
-  const EmbeddingArgs args{ptr(out), ptr(word_weight), ptr(position_weight), ptr(token_type_weight),
-                           index_ptr(input_ids), index_ptr(position_ids), index_ptr(token_type_ids), ptr(norm_weight),
-                           ptr(norm_bias), rows, hidden_size, vocab_size, num_positions, num_token_types,
-                           position_count, token_type_count, word_scale, eps, static_cast<DType>(dtype)};
+  const EmbeddingArgs args{ptr(out),
+                           ptr(word_weight),
+                           ptr(position_weight),
+                           ptr(token_type_weight),
+                           index_ptr(input_ids),
+                           index_ptr(position_ids),
+                           index_ptr(token_type_ids),
+                           ptr(norm_weight),
+                           ptr(norm_bias),
+                           rows,
+                           hidden_size,
+                           vocab_size,
+                           num_positions,
+                           num_token_types,
+                           position_count,
+                           token_type_count,
+                           word_scale,
+                           eps,
+                           static_cast<DType>(dtype)};
   EET_RUN(embedding);
 }
 
-void layernorm(Address out, Address input, Address weight, Address bias, int64_t rows, int64_t hidden_size, float eps,
-               int dtype, int device, Address stream, int num_threads) {
-  const LayerNormArgs args{ptr(out), ptr(input), ptr(weight), ptr(bias), rows, hidden_size, eps,
-                           static_cast<DType>(dtype)};
+void layernorm(Address out, Address input, Address weight, Address bias, int64_t rows,
+               int64_t hidden_size, float eps, int dtype, int device, Address stream,
+               int num_threads) {
+  const LayerNormArgs args{ptr(out), ptr(input),  ptr(weight), ptr(bias),
+                           rows,     hidden_size, eps,         static_cast<DType>(dtype)};
   EET_RUN(layernorm);
 }
 
-void bias_residual_layernorm(Address out, Address sum_out, Address input, Address bias, Address residual,
-                             Address weight, Address norm_bias, int64_t rows, int64_t hidden_size, float eps,
-                             int dtype, int device, Address stream, int num_threads) {
-  const BiasResidualLayerNormArgs args{ptr(out), ptr(sum_out), ptr(input), ptr(bias), ptr(residual), ptr(weight),
-                                       ptr(norm_bias), rows, hidden_size, eps, static_cast<DType>(dtype)};
+void bias_residual_layernorm(Address out, Address sum_out, Address input, Address bias,
+                             Address residual, Address weight, Address norm_bias, int64_t rows,
+                             int64_t hidden_size, float eps, int dtype, int device, Address stream,
+                             int num_threads) {
+  const BiasResidualLayerNormArgs args{ptr(out),
+                                       ptr(sum_out),
+                                       ptr(input),
+                                       ptr(bias),
+                                       ptr(residual),
+                                       ptr(weight),
+                                       ptr(norm_bias),
+                                       rows,
+                                       hidden_size,
+                                       eps,
+                                       static_cast<DType>(dtype)};
   EET_RUN(bias_residual_layernorm);
 }
 
-void bias_activation(Address out, Address input, Address bias, int64_t rows, int64_t size, int activation, int dtype,
-                     int device, Address stream, int num_threads) {
-  const BiasActivationArgs args{ptr(out), ptr(input), ptr(bias), rows, size, static_cast<Activation>(activation),
+void bias_activation(Address out, Address input, Address bias, int64_t rows, int64_t size,
+                     int activation, int dtype, int device, Address stream, int num_threads) {
+  const BiasActivationArgs args{ptr(out),
+                                ptr(input),
+                                ptr(bias),
+                                rows,
+                                size,
+                                static_cast<Activation>(activation),
                                 static_cast<DType>(dtype)};
   EET_RUN(bias_activation);
 }
 
-void linear(Address out, Address input, const AddressTriple& weights, const AddressTriple& biases, Address residual,
-            Address norm_weight, Address norm_bias, int64_t rows, int64_t in_features, int64_t out_features,
-            int64_t input_stride, int64_t out_stride, int num_weights, bool in_out, int activation, float norm_eps,
-            int dtype, int device, Address stream, int num_threads) {
+void linear(Address out, Address input, const AddressTriple& weights, const AddressTriple& biases,
+            Address residual, Address norm_weight, Address norm_bias, int64_t rows,
+            int64_t in_features, int64_t out_features, int64_t input_stride, int64_t out_stride,
+            int num_weights, bool in_out, int activation, float norm_eps, int dtype, int device,
+            Address stream, int num_threads) {
   LinearArgs args{};
   args.out = ptr(out);
   args.input = ptr(input);
@@ -193,11 +228,14 @@ void linear(Address out, Address input, const AddressTriple& weights, const Addr
   EET_RUN(linear);
 }
 
-AttentionArgs attention_args(Address out, Address query, Address key, Address value, const Triple& out_strides,
-                             const Triple& query_strides, const Triple& key_strides, const Triple& value_strides,
-                             const MaskTuple& mask, Address cu_seqlens, Address kv_start, int64_t batch,
-                             int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t q_len, int64_t kv_len,
-                             bool causal, float softmax_scale, int dtype, Address workspace, int64_t workspace_bytes) {
+AttentionArgs attention_args(Address out, Address query, Address key, Address value,
+                             const Triple& out_strides, const Triple& query_strides,
+                             const Triple& key_strides, const Triple& value_strides,
+                             const MaskTuple& mask, Address cu_seqlens, Address kv_start,
+                             int64_t batch, int64_t num_heads, int64_t num_kv_heads,
+                             int64_t head_dim, int64_t q_len, int64_t kv_len, bool causal,
+                             float softmax_scale, int dtype, Address workspace,
+                             int64_t workspace_bytes) {
   AttentionArgs args{};
   args.out = ptr(out);
   args.query = ptr(query);
@@ -226,32 +264,35 @@ AttentionArgs attention_args(Address out, Address query, Address key, Address va
 
 void attention(Address out, Address query, Address key, Address value, const Triple& out_strides,
                const Triple& query_strides, const Triple& key_strides, const Triple& value_strides,
-               const MaskTuple& mask, Address cu_seqlens, Address kv_start, int64_t batch, int64_t num_heads,
-               int64_t num_kv_heads, int64_t head_dim, int64_t q_len, int64_t kv_len, bool causal, float softmax_scale,
-               Address workspace, int64_t workspace_bytes, int dtype, int device, Address stream, int num_threads) {
-  const AttentionArgs args = attention_args(out, query, key, value, out_strides, query_strides, key_strides,
-                                            value_strides, mask, cu_seqlens, kv_start, batch, num_heads, num_kv_heads,
-                                            head_dim, q_len, kv_len, causal, softmax_scale, dtype, workspace,
-                                            workspace_bytes);
+               const MaskTuple& mask, Address cu_seqlens, Address kv_start, int64_t batch,
+               int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t q_len,
+               int64_t kv_len, bool causal, float softmax_scale, Address workspace,
+               int64_t workspace_bytes, int dtype, int device, Address stream, int num_threads) {
+  const AttentionArgs args =
+      attention_args(out, query, key, value, out_strides, query_strides, key_strides, value_strides,
+                     mask, cu_seqlens, kv_start, batch, num_heads, num_kv_heads, head_dim, q_len,
+                     kv_len, causal, softmax_scale, dtype, workspace, workspace_bytes);
   EET_RUN(attention);
 }
 
-int64_t attention_workspace_bytes(int64_t batch, int64_t num_heads, int64_t head_dim, int64_t q_len, int64_t kv_len,
-                                  int dtype, int device) {
-  const AttentionArgs args = attention_args(0, 0, 0, 0, {}, {}, {}, {}, {}, 0, 0, batch, num_heads, num_heads,
-                                            head_dim, q_len, kv_len, false, 1.0f, dtype, 0, 0);
+int64_t attention_workspace_bytes(int64_t batch, int64_t num_heads, int64_t head_dim, int64_t q_len,
+                                  int64_t kv_len, int dtype, int device) {
+  const AttentionArgs args =
+      attention_args(0, 0, 0, 0, {}, {}, {}, {}, {}, 0, 0, batch, num_heads, num_heads, head_dim,
+                     q_len, kv_len, false, 1.0f, dtype, 0, 0);
   (void)device;
   return EET_ON_DEVICE(attention_workspace_bytes(args));
 }
 
 void attention_block(Address out, Address hidden_states, const AddressTriple& qkv_weights,
-                     const AddressTriple& qkv_biases, int num_qkv_weights, Address out_weight, Address out_bias,
-                     bool in_out, Address norm_weight, Address norm_bias, float norm_eps, int norm, bool add_residual,
-                     Address key_cache, Address value_cache, const Triple& cache_strides, int64_t past_len,
-                     const MaskTuple& mask, Address kv_start, Address cu_seqlens, int64_t batch, int64_t num_heads,
-                     int64_t head_dim, int64_t q_len, int64_t total_tokens, bool causal, float softmax_scale,
-                     Address workspace, int64_t workspace_bytes, int dtype, int device, Address stream,
-                     int num_threads) {
+                     const AddressTriple& qkv_biases, int num_qkv_weights, Address out_weight,
+                     Address out_bias, bool in_out, Address norm_weight, Address norm_bias,
+                     float norm_eps, int norm, bool add_residual, Address key_cache,
+                     Address value_cache, const Triple& cache_strides, int64_t past_len,
+                     const MaskTuple& mask, Address kv_start, Address cu_seqlens, int64_t batch,
+                     int64_t num_heads, int64_t head_dim, int64_t q_len, int64_t total_tokens,
+                     bool causal, float softmax_scale, Address workspace, int64_t workspace_bytes,
+                     int dtype, int device, Address stream, int num_threads) {
   AttentionBlockArgs args{};
   args.out = ptr(out);
   args.hidden_states = ptr(hidden_states);
@@ -286,9 +327,9 @@ void attention_block(Address out, Address hidden_states, const AddressTriple& qk
   EET_RUN(attention_block);
 }
 
-int64_t attention_block_workspace_bytes(int64_t batch, int64_t num_heads, int64_t head_dim, int64_t q_len,
-                                        int64_t past_len, int64_t total_tokens, bool has_cache, int dtype,
-                                        int device) {
+int64_t attention_block_workspace_bytes(int64_t batch, int64_t num_heads, int64_t head_dim,
+                                        int64_t q_len, int64_t past_len, int64_t total_tokens,
+                                        bool has_cache, int dtype, int device) {
   AttentionBlockArgs args{};
   args.batch = batch;
   args.num_heads = num_heads;
@@ -303,18 +344,35 @@ int64_t attention_block_workspace_bytes(int64_t batch, int64_t num_heads, int64_
   return EET_ON_DEVICE(attention_block_workspace_bytes(args));
 }
 
-void ffn(Address out, Address hidden_states, Address fc1_weight, Address fc1_bias, Address fc2_weight,
-         Address fc2_bias, bool in_out, Address norm_weight, Address norm_bias, float norm_eps, int norm,
-         bool add_residual, int64_t rows, int64_t hidden_size, int64_t intermediate_size, int activation,
-         Address workspace, int64_t workspace_bytes, int dtype, int device, Address stream, int num_threads) {
-  const FfnArgs args{ptr(out), ptr(hidden_states), ptr(fc1_weight), ptr(fc1_bias), ptr(fc2_weight), ptr(fc2_bias),
-                     in_out, ptr(norm_weight), ptr(norm_bias), norm_eps, static_cast<NormPlacement>(norm),
-                     add_residual, rows, hidden_size, intermediate_size, static_cast<Activation>(activation),
-                     static_cast<DType>(dtype), ptr(workspace), workspace_bytes};
+void ffn(Address out, Address hidden_states, Address fc1_weight, Address fc1_bias,
+         Address fc2_weight, Address fc2_bias, bool in_out, Address norm_weight, Address norm_bias,
+         float norm_eps, int norm, bool add_residual, int64_t rows, int64_t hidden_size,
+         int64_t intermediate_size, int activation, Address workspace, int64_t workspace_bytes,
+         int dtype, int device, Address stream, int num_threads) {
+  const FfnArgs args{ptr(out),
+                     ptr(hidden_states),
+                     ptr(fc1_weight),
+                     ptr(fc1_bias),
+                     ptr(fc2_weight),
+                     ptr(fc2_bias),
+                     in_out,
+                     ptr(norm_weight),
+                     ptr(norm_bias),
+                     norm_eps,
+                     static_cast<NormPlacement>(norm),
+                     add_residual,
+                     rows,
+                     hidden_size,
+                     intermediate_size,
+                     static_cast<Activation>(activation),
+                     static_cast<DType>(dtype),
+                     ptr(workspace),
+                     workspace_bytes};
   EET_RUN(ffn);
 }
 
-int64_t ffn_workspace_bytes(int64_t rows, int64_t hidden_size, int64_t intermediate_size, int dtype, int device) {
+int64_t ffn_workspace_bytes(int64_t rows, int64_t hidden_size, int64_t intermediate_size, int dtype,
+                            int device) {
   FfnArgs args{};
   args.rows = rows;
   args.hidden_size = hidden_size;
@@ -346,38 +404,47 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   namespace ep = eet_patch;
-  m.doc() = "Kernels of eet_patch over raw addresses; call them through eet_patch.ops, which checks its arguments.";
+  m.doc() =
+      "Kernels of eet_patch over raw addresses; call them through eet_patch.ops, which checks its "
+      "arguments.";
   pthread_atfork(nullptr, nullptr, [] { ep::in_forked_child = true; });
   m.attr("MAX_SKINNY_ROWS") = ep::kMaxSkinnyRows;
 #define A(name) py::arg(#name)
 #define EET_TAIL A(dtype), A(device), A(stream), A(num_threads)
-  m.def("embedding", &ep::embedding, A(out), A(word_weight), A(position_weight), A(token_type_weight), A(input_ids),
-        A(position_ids), A(token_type_ids), A(norm_weight), A(norm_bias), A(rows), A(hidden_size), A(vocab_size),
-        A(num_positions), A(num_token_types), A(position_count), A(token_type_count), A(word_scale), A(eps), EET_TAIL);
-  m.def("layernorm", &ep::layernorm, A(out), A(input), A(weight), A(bias), A(rows), A(hidden_size), A(eps), EET_TAIL);
-  m.def("bias_residual_layernorm", &ep::bias_residual_layernorm, A(out), A(sum_out), A(input), A(bias), A(residual),
-        A(weight), A(norm_bias), A(rows), A(hidden_size), A(eps), EET_TAIL);
-  m.def("bias_activation", &ep::bias_activation, A(out), A(input), A(bias), A(rows), A(size), A(activation), EET_TAIL);
-  m.def("linear", &ep::linear, A(out), A(input), A(weights), A(biases), A(residual), A(norm_weight), A(norm_bias),
-        A(rows), A(in_features), A(out_features), A(input_stride), A(out_stride), A(num_weights), A(in_out),
-        A(activation), A(norm_eps), EET_TAIL);
-  m.def("attention", &ep::attention, A(out), A(query), A(key), A(value), A(out_strides), A(query_strides),
-        A(key_strides), A(value_strides), A(mask), A(cu_seqlens), A(kv_start), A(batch), A(num_heads), A(num_kv_heads),
-        A(head_dim), A(q_len), A(kv_len), A(causal), A(softmax_scale), A(workspace), A(workspace_bytes), EET_TAIL);
-  m.def("attention_workspace_bytes", &ep::attention_workspace_bytes, A(batch), A(num_heads), A(head_dim), A(q_len),
-        A(kv_len), A(dtype), A(device));
-  m.def("attention_block", &ep::attention_block, A(out), A(hidden_states), A(qkv_weights), A(qkv_biases),
-        A(num_qkv_weights), A(out_weight), A(out_bias), A(in_out), A(norm_weight), A(norm_bias), A(norm_eps), A(norm),
-        A(add_residual), A(key_cache), A(value_cache), A(cache_strides), A(past_len), A(mask), A(kv_start),
-        A(cu_seqlens), A(batch), A(num_heads), A(head_dim), A(q_len), A(total_tokens), A(causal), A(softmax_scale),
-        A(workspace), A(workspace_bytes), EET_TAIL);
-  m.def("attention_block_workspace_bytes", &ep::attention_block_workspace_bytes, A(batch), A(num_heads), A(head_dim),
-        A(q_len), A(past_len), A(total_tokens), A(has_cache), A(dtype), A(device));
-  m.def("ffn", &ep::ffn, A(out), A(hidden_states), A(fc1_weight), A(fc1_bias), A(fc2_weight), A(fc2_bias), A(in_out),
-        A(norm_weight), A(norm_bias), A(norm_eps), A(norm), A(add_residual), A(rows), A(hidden_size),
-        A(intermediate_size), A(activation), A(workspace), A(workspace_bytes), EET_TAIL);
-  m.def("ffn_workspace_bytes", &ep::ffn_workspace_bytes, A(rows), A(hidden_size), A(intermediate_size), A(dtype),
+  m.def("embedding", &ep::embedding, A(out), A(word_weight), A(position_weight),
+        A(token_type_weight), A(input_ids), A(position_ids), A(token_type_ids), A(norm_weight),
+        A(norm_bias), A(rows), A(hidden_size), A(vocab_size), A(num_positions), A(num_token_types),
+        A(position_count), A(token_type_count), A(word_scale), A(eps), EET_TAIL);
+  m.def("layernorm", &ep::layernorm, A(out), A(input), A(weight), A(bias), A(rows), A(hidden_size),
+        A(eps), EET_TAIL);
+  m.def("bias_residual_layernorm", &ep::bias_residual_layernorm, A(out), A(sum_out), A(input),
+        A(bias), A(residual), A(weight), A(norm_bias), A(rows), A(hidden_size), A(eps), EET_TAIL);
+  m.def("bias_activation", &ep::bias_activation, A(out), A(input), A(bias), A(rows), A(size),
+        A(activation), EET_TAIL);
+  m.def("linear", &ep::linear, A(out), A(input), A(weights), A(biases), A(residual), A(norm_weight),
+        A(norm_bias), A(rows), A(in_features), A(out_features), A(input_stride), A(out_stride),
+        A(num_weights), A(in_out), A(activation), A(norm_eps), EET_TAIL);
+  m.def("attention", &ep::attention, A(out), A(query), A(key), A(value), A(out_strides),
+        A(query_strides), A(key_strides), A(value_strides), A(mask), A(cu_seqlens), A(kv_start),
+        A(batch), A(num_heads), A(num_kv_heads), A(head_dim), A(q_len), A(kv_len), A(causal),
+        A(softmax_scale), A(workspace), A(workspace_bytes), EET_TAIL);
+  m.def("attention_workspace_bytes", &ep::attention_workspace_bytes, A(batch), A(num_heads),
+        A(head_dim), A(q_len), A(kv_len), A(dtype), A(device));
+  m.def("attention_block", &ep::attention_block, A(out), A(hidden_states), A(qkv_weights),
+        A(qkv_biases), A(num_qkv_weights), A(out_weight), A(out_bias), A(in_out), A(norm_weight),
+        A(norm_bias), A(norm_eps), A(norm), A(add_residual), A(key_cache), A(value_cache),
+        A(cache_strides), A(past_len), A(mask), A(kv_start), A(cu_seqlens), A(batch), A(num_heads),
+        A(head_dim), A(q_len), A(total_tokens), A(causal), A(softmax_scale), A(workspace),
+        A(workspace_bytes), EET_TAIL);
+  m.def("attention_block_workspace_bytes", &ep::attention_block_workspace_bytes, A(batch),
+        A(num_heads), A(head_dim), A(q_len), A(past_len), A(total_tokens), A(has_cache), A(dtype),
         A(device));
+  m.def("ffn", &ep::ffn, A(out), A(hidden_states), A(fc1_weight), A(fc1_bias), A(fc2_weight),
+        A(fc2_bias), A(in_out), A(norm_weight), A(norm_bias), A(norm_eps), A(norm), A(add_residual),
+        A(rows), A(hidden_size), A(intermediate_size), A(activation), A(workspace),
+        A(workspace_bytes), EET_TAIL);
+  m.def("ffn_workspace_bytes", &ep::ffn_workspace_bytes, A(rows), A(hidden_size),
+        A(intermediate_size), A(dtype), A(device));
   m.def("build_info", &ep::build_info);
 #undef EET_TAIL
 #undef A

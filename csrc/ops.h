@@ -1,8 +1,10 @@
-// The ops of the extension: one argument struct each, one function a backend, the same contract on both.
+// The ops of the extension: one argument struct each, one function a backend, the same contract on
+// both.
 //
-// Addresses are borrowed for the call; nothing is allocated, kept or synchronised. The caller has checked shapes, types
-// and devices. A function returns kOk, or a status that the binding turns into an exception; on CUDA the work is queued
-// on `stream` of the current device. All products and reductions accumulate in fp32.
+// Addresses are borrowed for the call; nothing is allocated, kept or synchronised. The caller has
+// checked shapes, types and devices. A function returns kOk, or a status that the binding turns
+// into an exception; on CUDA the work is queued on `stream` of the current device. All products and
+// reductions accumulate in fp32.
 #pragma once
 
 #include <cstddef>
@@ -13,9 +15,10 @@
 namespace eet_patch {
 
 struct Status {
-  int code = 0;               // 0 = ok, > 0 a cudaError_t, < 0 one of the codes below
+  int code = 0;                            // 0 = ok, > 0 a cudaError_t, < 0 one of the codes below
   static constexpr int kUnsupported = -1;  // sizes that this backend has no kernel for
-  static constexpr int kBadIndex = -2;     // an index outside its table (CPU only; CUDA traps, as torch does)
+  static constexpr int kBadIndex =
+      -2;  // an index outside its table (CPU only; CUDA traps, as torch does)
   bool ok() const { return code == 0; }
 };
 
@@ -24,26 +27,29 @@ struct Context {
   int num_threads = 1;     // CPU only
 };
 
-// out[r] = LN(word_scale * word_weight[input_ids[r]] + position_weight[position_ids[r % position_count]]
+// out[r] = LN(word_scale * word_weight[input_ids[r]] + position_weight[position_ids[r %
+// position_count]]
 //             + token_type_weight[token_type_ids[r % token_type_count]])
-// position_weight, token_type_weight, norm_weight may be null (term or LN left out). token_type_ids null with a
-// token_type_weight means type 0. A bias of LN may be null.
+// position_weight, token_type_weight, norm_weight may be null (term or LN left out). token_type_ids
+// null with a token_type_weight means type 0. A bias of LN may be null.
 struct EmbeddingArgs {
-  void* out;                       // (rows, hidden_size)
-  const void* word_weight;         // (vocab_size, hidden_size)
-  const void* position_weight;     // (num_positions, hidden_size) or null
-  const void* token_type_weight;   // (num_token_types, hidden_size) or null
-  const int64_t* input_ids;        // (rows,)
-  const int64_t* position_ids;     // (position_count,)
-  const int64_t* token_type_ids;   // (token_type_count,) or null
-  const void* norm_weight;         // (hidden_size,) or null
-  const void* norm_bias;           // (hidden_size,) or null
-  int64_t rows, hidden_size, vocab_size, num_positions, num_token_types, position_count, token_type_count;
+  void* out;                      // (rows, hidden_size)
+  const void* word_weight;        // (vocab_size, hidden_size)
+  const void* position_weight;    // (num_positions, hidden_size) or null
+  const void* token_type_weight;  // (num_token_types, hidden_size) or null
+  const int64_t* input_ids;       // (rows,)
+  const int64_t* position_ids;    // (position_count,)
+  const int64_t* token_type_ids;  // (token_type_count,) or null
+  const void* norm_weight;        // (hidden_size,) or null
+  const void* norm_bias;          // (hidden_size,) or null
+  int64_t rows, hidden_size, vocab_size, num_positions, num_token_types, position_count,
+      token_type_count;
   float word_scale, eps;
   DType dtype;
 };
 
-// out[r] = (input[r] - mean) / sqrt(var + eps) * weight + bias; weight and bias may be null (1 and 0).
+// out[r] = (input[r] - mean) / sqrt(var + eps) * weight + bias; weight and bias may be null (1 and
+// 0).
 struct LayerNormArgs {
   void* out;
   const void *input, *weight, *bias;
@@ -52,8 +58,9 @@ struct LayerNormArgs {
   DType dtype;
 };
 
-// sum[r] = input[r] + bias + residual[r];  out[r] = LN(sum[r]). bias, residual, sum_out may be null; `sum_out` receives
-// the sum rounded to T (pre-norm blocks need both). out may alias input, residual or sum_out's address may equal residual.
+// sum[r] = input[r] + bias + residual[r];  out[r] = LN(sum[r]). bias, residual, sum_out may be
+// null; `sum_out` receives the sum rounded to T (pre-norm blocks need both). out may alias input,
+// residual or sum_out's address may equal residual.
 struct BiasResidualLayerNormArgs {
   void* out;
   void* sum_out;
@@ -72,15 +79,18 @@ struct BiasActivationArgs {
   DType dtype;
 };
 
-// out = activation(LN?(input) @ W + bias) + residual, for few rows (CUDA: rows <= kMaxSkinnyRows; CPU: any number).
-// `num_weights` matrices of equal shape stand side by side in the output: columns [i * out_features, (i+1) * out_features)
-// of a row come from weight[i]. LN is left out when norm_weight is null.
+// out = activation(LN?(input) @ W + bias) + residual, for few rows (CUDA: rows <= kMaxSkinnyRows;
+// CPU: any number). `num_weights` matrices of equal shape stand side by side in the output: columns
+// [i * out_features, (i+1) * out_features) of a row come from weight[i]. LN is left out when
+// norm_weight is null.
 struct LinearArgs {
   void* out;              // (rows, num_weights * out_features), rows out_stride apart
   const void* input;      // (rows, in_features), rows input_stride apart
-  const void* weight[3];  // (out_features, in_features), or (in_features, out_features) when in_out; contiguous
+  const void* weight[3];  // (out_features, in_features), or (in_features, out_features) when
+                          // in_out; contiguous
   const void* bias[3];    // (out_features,) or null
-  const void* residual;   // (rows, num_weights * out_features), rows out_stride apart, or null; may alias out
+  const void* residual;   // (rows, num_weights * out_features), rows out_stride apart, or null; may
+                          // alias out
   const void *norm_weight, *norm_bias;
   int64_t rows, in_features, out_features, input_stride, out_stride;
   int num_weights;
@@ -92,11 +102,12 @@ struct LinearArgs {
 constexpr int64_t kMaxSkinnyRows = 64;
 
 // out = softmax(scale * query @ key^T + mask) @ value, per (batch, head).
-// Padded form: cu_seqlens null, every batch row has q_len queries and kv_len keys. Packed form: cu_seqlens holds
-// batch + 1 token offsets into one (total, heads, head_dim) array; strides.batch is unused, q_len and kv_len are the
-// longest length, queries and keys are the same tokens, mask is none.
-// causal: query i sees key j when j <= i + (kv_len - q_len). kv_start (left padding): keys below kv_start[b] are excluded.
-// A query with no visible key yields zeros. num_kv_heads divides num_heads.
+// Padded form: cu_seqlens null, every batch row has q_len queries and kv_len keys. Packed form:
+// cu_seqlens holds batch + 1 token offsets into one (total, heads, head_dim) array; strides.batch
+// is unused, q_len and kv_len are the longest length, queries and keys are the same tokens, mask is
+// none. causal: query i sees key j when j <= i + (kv_len - q_len). kv_start (left padding): keys
+// below kv_start[b] are excluded. A query with no visible key yields zeros. num_kv_heads divides
+// num_heads.
 struct AttentionArgs {
   void* out;
   const void *query, *key, *value;
@@ -108,19 +119,22 @@ struct AttentionArgs {
   bool causal;
   float softmax_scale;
   DType dtype;
-  void* workspace;            // CUDA: attention_workspace_bytes(args) bytes of scratch for split-KV decoding; CPU: unused
+  void* workspace;  // CUDA: attention_workspace_bytes(args) bytes of scratch for split-KV decoding;
+                    // CPU: unused
   int64_t workspace_bytes;
 };
 
-// One attention block: norm placement, q/k/v projections, K and V written to the cache at [past_len, past_len + q_len),
-// attention over [0, past_len + q_len), output projection, residual. Without a cache (key_cache null) past_len is 0.
-// hidden_states and out are (batch * q_len, hidden_size) contiguous and may not alias; hidden_size = num_heads * head_dim.
+// One attention block: norm placement, q/k/v projections, K and V written to the cache at
+// [past_len, past_len + q_len), attention over [0, past_len + q_len), output projection, residual.
+// Without a cache (key_cache null) past_len is 0. hidden_states and out are (batch * q_len,
+// hidden_size) contiguous and may not alias; hidden_size = num_heads * head_dim.
 struct AttentionBlockArgs {
   void* out;
   const void* hidden_states;
-  const void* qkv_weight[3];  // three (hidden, hidden), or one (hidden, 3 * hidden) in_out / (3 * hidden, hidden)
+  const void* qkv_weight[3];  // three (hidden, hidden), or one (hidden, 3 * hidden) in_out / (3 *
+                              // hidden, hidden)
   const void* qkv_bias[3];
-  int num_qkv_weights;        // 1 or 3
+  int num_qkv_weights;  // 1 or 3
   const void *out_weight, *out_bias;
   bool in_out;
   const void *norm_weight, *norm_bias;
@@ -130,19 +144,21 @@ struct AttentionBlockArgs {
   void *key_cache, *value_cache;
   HeadStrides cache_strides;  // the same for keys and values
   int64_t past_len;
-  AttentionMask mask;         // over past_len + q_len keys
+  AttentionMask mask;  // over past_len + q_len keys
   const int64_t* kv_start;
-  const int64_t* cu_seqlens;  // packed tokens, no cache: batch + 1 offsets, then q_len is the longest length
-  int64_t batch, num_heads, head_dim, q_len, total_tokens;  // total_tokens = batch * q_len unless packed
+  const int64_t*
+      cu_seqlens;  // packed tokens, no cache: batch + 1 offsets, then q_len is the longest length
+  int64_t batch, num_heads, head_dim, q_len,
+      total_tokens;  // total_tokens = batch * q_len unless packed
   bool causal;
   float softmax_scale;
   DType dtype;
-  void* workspace;            // attention_block_workspace_bytes(args) bytes
+  void* workspace;  // attention_block_workspace_bytes(args) bytes
   int64_t workspace_bytes;
 };
 
-// One feed-forward block: out = residual + act(LN?(x) @ W1 + b1) @ W2 + b2, LN placed as in the attention block.
-// hidden_states and out are (rows, hidden_size) contiguous and may not alias.
+// One feed-forward block: out = residual + act(LN?(x) @ W1 + b1) @ W2 + b2, LN placed as in the
+// attention block. hidden_states and out are (rows, hidden_size) contiguous and may not alias.
 struct FfnArgs {
   void* out;
   const void* hidden_states;
@@ -155,26 +171,27 @@ struct FfnArgs {
   int64_t rows, hidden_size, intermediate_size;
   Activation activation;
   DType dtype;
-  void* workspace;            // ffn_workspace_bytes(args) bytes
+  void* workspace;  // ffn_workspace_bytes(args) bytes
   int64_t workspace_bytes;
 };
 
-#define EET_DECLARE_OPS                                                          \
-  Status embedding(const EmbeddingArgs& args, const Context& context);           \
-  Status layernorm(const LayerNormArgs& args, const Context& context);           \
+#define EET_DECLARE_OPS                                                                          \
+  Status embedding(const EmbeddingArgs& args, const Context& context);                           \
+  Status layernorm(const LayerNormArgs& args, const Context& context);                           \
   Status bias_residual_layernorm(const BiasResidualLayerNormArgs& args, const Context& context); \
-  Status bias_activation(const BiasActivationArgs& args, const Context& context);\
-  Status linear(const LinearArgs& args, const Context& context);                 \
-  Status attention(const AttentionArgs& args, const Context& context);           \
-  Status attention_block(const AttentionBlockArgs& args, const Context& context);\
-  Status ffn(const FfnArgs& args, const Context& context);                       \
-  int64_t attention_workspace_bytes(const AttentionArgs& args);                  \
-  int64_t attention_block_workspace_bytes(const AttentionBlockArgs& args);       \
+  Status bias_activation(const BiasActivationArgs& args, const Context& context);                \
+  Status linear(const LinearArgs& args, const Context& context);                                 \
+  Status attention(const AttentionArgs& args, const Context& context);                           \
+  Status attention_block(const AttentionBlockArgs& args, const Context& context);                \
+  Status ffn(const FfnArgs& args, const Context& context);                                       \
+  int64_t attention_workspace_bytes(const AttentionArgs& args);                                  \
+  int64_t attention_block_workspace_bytes(const AttentionBlockArgs& args);                       \
   int64_t ffn_workspace_bytes(const FfnArgs& args);
 
 namespace cpu {
 EET_DECLARE_OPS
-const char* capability();  // "avx512", "avx2" or "portable": what the dispatch chose (EET_CPU_CAPABILITY lowers it)
+const char* capability();  // "avx512", "avx2" or "portable": what the dispatch chose
+                           // (EET_CPU_CAPABILITY lowers it)
 }  // namespace cpu
 
 namespace cuda {

@@ -1,6 +1,7 @@
-// Scaled dot-product attention: chooses between single queries and blocks of them, and shares the work out by its cost.
-#include "cpu/attention_prefill.h"
+// Scaled dot-product attention: chooses between single queries and blocks of them, and shares the
+// work out by its cost.
 #include "cpu/attention_decode.h"
+#include "cpu/attention_prefill.h"
 
 namespace eet_patch {
 namespace cpu {
@@ -36,27 +37,29 @@ void for_items(const AttentionArgs& args, int64_t block, const Body& body) {
   }
 }
 
-// An item belongs to the thread in whose share of the total cost its middle falls: static, and even also where lengths
-// differ or the causal triangle makes late queries dearer.
+// An item belongs to the thread in whose share of the total cost its middle falls: static, and even
+// also where lengths differ or the causal triangle makes late queries dearer.
 template <typename T>
 void attention_share(const Team& team, const AttentionArgs& args) {
   const int64_t block = query_block_size(args, team.size);
   int64_t total = 0;
   if (team.size > 1) {
-    for_items<T>(args, block, [&](int64_t, int64_t, int64_t, int64_t, int64_t cost) { total += cost; });
+    for_items<T>(args, block,
+                 [&](int64_t, int64_t, int64_t, int64_t, int64_t cost) { total += cost; });
   }
   int64_t before = 0;
-  for_items<T>(args, block, [&](int64_t batch, int64_t head, int64_t first, int64_t queries, int64_t cost) {
-    const int64_t owner = team.size > 1 ? (2 * before + cost) * team.size / (2 * total) : 0;
-    before += cost;
-    if (owner != team.rank) return;
-    const HeadView<T> view(args, batch, head);
-    if (block == 1) {
-      decode_query(args, view, first);
-    } else {
-      attend_query_block(args, view, first, queries);
-    }
-  });
+  for_items<T>(
+      args, block, [&](int64_t batch, int64_t head, int64_t first, int64_t queries, int64_t cost) {
+        const int64_t owner = team.size > 1 ? (2 * before + cost) * team.size / (2 * total) : 0;
+        before += cost;
+        if (owner != team.rank) return;
+        const HeadView<T> view(args, batch, head);
+        if (block == 1) {
+          decode_query(args, view, first);
+        } else {
+          attend_query_block(args, view, first, queries);
+        }
+      });
 }
 
 }  // namespace
@@ -71,7 +74,8 @@ Status attention(const AttentionArgs& args, const Context& context) {
     status.code = Status::kUnsupported;
     return status;
   }
-  parallel(threads_for(attention_work(args) / 4, context), [&](const Team& team) { attention_team(team, args); });
+  parallel(threads_for(attention_work(args) / 4, context),
+           [&](const Team& team) { attention_team(team, args); });
   return status;
 }
 

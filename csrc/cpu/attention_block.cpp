@@ -1,4 +1,5 @@
-// An attention block in one parallel region: q/k/v products, cache, attention, output product, norm and residual.
+// An attention block in one parallel region: q/k/v products, cache, attention, output product, norm
+// and residual.
 #include <cstring>
 
 #include "cpu/team_ops.h"
@@ -17,7 +18,8 @@ struct AttentionBlockSteps {
     const bool pre = args.norm == NormPlacement::kPre;
     const int64_t hidden_size = args.num_heads * args.head_dim;
     const int64_t bytes = element_bytes(args.dtype);
-    char* buffer = static_cast<char*>(args.workspace);  // (total_tokens, 3 * hidden): queries, keys, values
+    char* buffer =
+        static_cast<char*>(args.workspace);  // (total_tokens, 3 * hidden): queries, keys, values
     char* context = buffer + args.total_tokens * 3 * hidden_size * bytes;  // (total_tokens, hidden)
 
     qkv.out = buffer;
@@ -94,10 +96,11 @@ void write_cache(const Team& team, const AttentionBlockArgs& args) {
   for (int64_t unit = units.begin; unit < units.end; ++unit) {
     const int64_t token = unit / args.num_heads, head = unit % args.num_heads;
     const int64_t batch = token / args.q_len, position = args.past_len + token % args.q_len;
-    const char* source =
-        static_cast<const char*>(args.workspace) + ((token * 3 + 1) * hidden_size + head * args.head_dim) * bytes;
+    const char* source = static_cast<const char*>(args.workspace) +
+                         ((token * 3 + 1) * hidden_size + head * args.head_dim) * bytes;
     const int64_t offset = (batch * args.cache_strides.batch + head * args.cache_strides.head +
-                            position * args.cache_strides.token) * bytes;
+                            position * args.cache_strides.token) *
+                           bytes;
     std::memcpy(static_cast<char*>(args.key_cache) + offset, source, size_t(args.head_dim * bytes));
     std::memcpy(static_cast<char*>(args.value_cache) + offset, source + hidden_size * bytes,
                 size_t(args.head_dim * bytes));
@@ -119,8 +122,9 @@ Status attention_block(const AttentionBlockArgs& args, const Context& context) {
   }
   if (args.total_tokens == 0) return status;
   const AttentionBlockSteps steps(args);
-  float* packed = static_cast<float*>(thread_scratch(
-      ScratchSlot::kPackedInput, max64(linear_packed_bytes(steps.qkv), linear_packed_bytes(steps.projection))));
+  float* packed = static_cast<float*>(
+      thread_scratch(ScratchSlot::kPackedInput,
+                     max64(linear_packed_bytes(steps.qkv), linear_packed_bytes(steps.projection))));
   const int64_t work = linear_work(steps.qkv) / 3 + attention_work(steps.attention) / 4;
   parallel(threads_for(work, context), [&](const Team& team) {
     linear_team(team, steps.qkv, packed);

@@ -1,5 +1,6 @@
-// Attention of one query at a time, for few queries a head (decoding): keys and values are read once, unpacked, in
-// blocks whose scores stay in L1. Memory-bound: kv_len * head_dim elements of keys and of values.
+// Attention of one query at a time, for few queries a head (decoding): keys and values are read
+// once, unpacked, in blocks whose scores stay in L1. Memory-bound: kv_len * head_dim elements of
+// keys and of values.
 #pragma once
 
 #include "cpu/attention_softmax.h"
@@ -13,8 +14,8 @@ constexpr int64_t kDecodeKeys = 128;
 
 // scores[j] = query . key j. Four keys at a time: independent sums, one load of the query for all.
 template <typename T>
-inline void decode_scores(float* scores, const float* query, const T* key, int64_t stride, int64_t count,
-                          int64_t head_dim) {
+inline void decode_scores(float* scores, const float* query, const T* key, int64_t stride,
+                          int64_t count, int64_t head_dim) {
   const int64_t whole = head_dim / kLanes * kLanes, rest = head_dim - whole;
   int64_t j = 0;
   for (; j + 4 <= count; j += 4) {
@@ -28,7 +29,8 @@ inline void decode_scores(float* scores, const float* query, const T* key, int64
     if (rest > 0) {
       const Vec q = load(query + whole);
 #pragma GCC unroll 4
-      for (int u = 0; u < 4; ++u) acc[u] = fma(q, load_partial(k + u * stride + whole, rest), acc[u]);
+      for (int u = 0; u < 4; ++u)
+        acc[u] = fma(q, load_partial(k + u * stride + whole, rest), acc[u]);
     }
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) scores[j + u] = reduce_add(acc[u]);
@@ -42,11 +44,11 @@ inline void decode_scores(float* scores, const float* query, const T* key, int64
   }
 }
 
-// out[d] = factor * out[d] + sum over keys of weights[j] * value j [d], for NV vectors of d of which the last has `last`
-// lanes. Two sets of accumulators hide the latency of the multiply-adds.
+// out[d] = factor * out[d] + sum over keys of weights[j] * value j [d], for NV vectors of d of
+// which the last has `last` lanes. Two sets of accumulators hide the latency of the multiply-adds.
 template <typename T, int NV>
-inline void decode_values(float* out, const float* weights, const T* value, int64_t stride, int64_t count,
-                          int64_t last, float factor) {
+inline void decode_values(float* out, const float* weights, const T* value, int64_t stride,
+                          int64_t count, int64_t last, float factor) {
   Vec acc[2][NV];
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
@@ -84,28 +86,33 @@ void decode_query(const AttentionArgs& args, const HeadView<T>& view, int64_t q)
     const int64_t count = min64(kDecodeKeys, end - key);
     const bool masked = args.mask.kind != MaskKind::kNone;
     if (masked) mask_terms<T>(terms, args.mask, view.batch, view.head, q, key, count);
-    decode_scores(scores, query, view.key + key * args.key_strides.token, args.key_strides.token, count, head_dim);
-    const float factor =
-        softmax_step(scores, masked ? terms : nullptr, count, round_up(count, kLanes), scores, kLanes, &running);
+    decode_scores(scores, query, view.key + key * args.key_strides.token, args.key_strides.token,
+                  count, head_dim);
+    const float factor = softmax_step(scores, masked ? terms : nullptr, count,
+                                      round_up(count, kLanes), scores, kLanes, &running);
     if (running.sum == 0.0f) continue;  // nothing visible yet: don't touch the values
     const T* value = view.value + key * args.value_strides.token;
     int64_t d = 0;
     for (; head_dim - d > 3 * kLanes; d += 4 * kLanes) {
-      decode_values<T, 4>(out + d, scores, value + d, args.value_strides.token, count, head_dim - d - 3 * kLanes,
-                          factor);
+      decode_values<T, 4>(out + d, scores, value + d, args.value_strides.token, count,
+                          head_dim - d - 3 * kLanes, factor);
     }
     const int64_t rest = head_dim - d;
     if (rest > 2 * kLanes) {
-      decode_values<T, 3>(out + d, scores, value + d, args.value_strides.token, count, rest - 2 * kLanes, factor);
+      decode_values<T, 3>(out + d, scores, value + d, args.value_strides.token, count,
+                          rest - 2 * kLanes, factor);
     } else if (rest > kLanes) {
-      decode_values<T, 2>(out + d, scores, value + d, args.value_strides.token, count, rest - kLanes, factor);
+      decode_values<T, 2>(out + d, scores, value + d, args.value_strides.token, count,
+                          rest - kLanes, factor);
     } else if (rest > 0) {
-      decode_values<T, 1>(out + d, scores, value + d, args.value_strides.token, count, rest, factor);
+      decode_values<T, 1>(out + d, scores, value + d, args.value_strides.token, count, rest,
+                          factor);
     }
   }
   T* row = view.out + q * args.out_strides.token;
   const Vec scale = set1(running.sum == 0.0f ? 0.0f : 1.0f / running.sum);
-  for (int64_t d = 0; d < head_dim; d += kLanes) store_upto(row + d, load(out + d) * scale, head_dim - d);
+  for (int64_t d = 0; d < head_dim; d += kLanes)
+    store_upto(row + d, load(out + d) * scale, head_dim - d);
 }
 
 }  // namespace EET_CPU_ARCH

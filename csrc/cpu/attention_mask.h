@@ -1,4 +1,5 @@
-// Masks of every kind as a row of fp32 terms: what is added to the scores of consecutive keys, -inf where excluded.
+// Masks of every kind as a row of fp32 terms: what is added to the scores of consecutive keys, -inf
+// where excluded.
 #pragma once
 
 #include <cfloat>
@@ -38,12 +39,13 @@ inline void additive_terms(float* terms, const E* mask, int64_t stride, int64_t 
   }
 }
 
-// terms[0, n) for keys [key, key + n) of one query, up to the next whole vector written. n > 0, the mask not kNone.
+// terms[0, n) for keys [key, key + n) of one query, up to the next whole vector written. n > 0, the
+// mask not kNone.
 template <typename T>
-inline void mask_terms(float* terms, const AttentionMask& mask, int64_t batch, int64_t head, int64_t query, int64_t key,
-                       int64_t n) {
-  const int64_t offset = batch * mask.batch_stride + head * mask.head_stride + query * mask.query_stride +
-                         key * mask.key_stride;
+inline void mask_terms(float* terms, const AttentionMask& mask, int64_t batch, int64_t head,
+                       int64_t query, int64_t key, int64_t n) {
+  const int64_t offset = batch * mask.batch_stride + head * mask.head_stride +
+                         query * mask.query_stride + key * mask.key_stride;
   if (mask.kind == MaskKind::kAddFloat32) {
     additive_terms(terms, static_cast<const float*>(mask.data) + offset, mask.key_stride, n);
   } else if (mask.kind == MaskKind::kAddElement) {
@@ -55,7 +57,8 @@ inline void mask_terms(float* terms, const AttentionMask& mask, int64_t batch, i
     if (mask.key_stride == 1) {
       for (int64_t j = 0; j < n; ++j) terms[j] = source[j] != 0 ? if_set : if_clear;
     } else {
-      for (int64_t j = 0; j < n; ++j) terms[j] = source[j * mask.key_stride] != 0 ? if_set : if_clear;
+      for (int64_t j = 0; j < n; ++j)
+        terms[j] = source[j * mask.key_stride] != 0 ? if_set : if_clear;
     }
   }
 }

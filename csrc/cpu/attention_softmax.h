@@ -21,10 +21,12 @@ struct HeadView {
   int64_t causal_offset;  // query i sees keys up to i + causal_offset
   bool causal;
 
-  HeadView(const AttentionArgs& args, int64_t batch, int64_t head) : batch(batch), head(head), causal(args.causal) {
+  HeadView(const AttentionArgs& args, int64_t batch, int64_t head)
+      : batch(batch), head(head), causal(args.causal) {
     const int64_t kv_head = head / (args.num_heads / args.num_kv_heads);
     const auto address = [&](const void* data, const HeadStrides& strides, int64_t head) {
-      const int64_t row = args.cu_seqlens != nullptr ? args.cu_seqlens[batch] * strides.token : batch * strides.batch;
+      const int64_t row = args.cu_seqlens != nullptr ? args.cu_seqlens[batch] * strides.token
+                                                     : batch * strides.batch;
       return static_cast<const T*>(data) + row + head * strides.head;
     };
     query = address(args.query, args.query_strides, head);
@@ -42,7 +44,8 @@ struct HeadView {
     causal_offset = key_end - q_len;
   }
 
-  // Keys that queries up to `query` see: [key_begin, key_limit(query)); the limit may lie below key_begin.
+  // Keys that queries up to `query` see: [key_begin, key_limit(query)); the limit may lie below
+  // key_begin.
   int64_t key_limit(int64_t query) const {
     return causal ? min64(key_end, query + causal_offset + 1) : key_end;
   }
@@ -52,11 +55,11 @@ struct RunningSoftmax {
   float maximum = -kInfinity, sum = 0.0f;
 };
 
-// Turns scores of `limit` consecutive keys into exp(score + term - maximum), 0 from limit up to `padded` (whole vectors):
-// vector v goes to weights[v * stride]. Returns the factor that earlier sums must take, as the maximum may have grown
-// (Milakov and Gimelshein 2018, arXiv:1805.02867).
-inline float softmax_step(const float* scores, const float* terms, int64_t limit, int64_t padded, float* weights,
-                          int64_t stride, RunningSoftmax* running) {
+// Turns scores of `limit` consecutive keys into exp(score + term - maximum), 0 from limit up to
+// `padded` (whole vectors): vector v goes to weights[v * stride]. Returns the factor that earlier
+// sums must take, as the maximum may have grown (Milakov and Gimelshein 2018, arXiv:1805.02867).
+inline float softmax_step(const float* scores, const float* terms, int64_t limit, int64_t padded,
+                          float* weights, int64_t stride, RunningSoftmax* running) {
   float maximum = -kInfinity;
   if (limit > 0) {
     Vec highest = set1(-kInfinity);

@@ -1,4 +1,5 @@
-// Bias and activation over rows. One thread a range of rows, or of columns where the rows are few; one read, one write.
+// Bias and activation over rows. One thread a range of rows, or of columns where the rows are few;
+// one read, one write.
 #include "cpu/math.h"
 #include "cpu/team.h"
 
@@ -12,7 +13,8 @@ void bias_activation_share(const Team& team, const BiasActivationArgs& args) {
   const T* bias = static_cast<const T*>(args.bias);
   const bool by_rows = args.rows >= team.size;
   const Range rows = by_rows ? team.share(args.rows) : Range{0, args.rows};
-  const Range columns = by_rows ? Range{0, args.size} : team.share(args.size, 64);  // 64: no shared cache line
+  const Range columns =
+      by_rows ? Range{0, args.size} : team.share(args.size, 64);  // 64: no shared cache line
   for (int64_t r = rows.begin; r < rows.end; ++r) {
     const T* input = static_cast<const T*>(args.input) + r * args.size;
     T* out = static_cast<T*>(args.out) + r * args.size;

@@ -23,11 +23,11 @@ struct OpTable {
   int64_t (*ffn_workspace_bytes)(const FfnArgs&);
 };
 
-#define EET_OP_TABLE(arch)                                                                        \
-  OpTable {                                                                                       \
+#define EET_OP_TABLE(arch)                                                                         \
+  OpTable {                                                                                        \
     #arch, arch::embedding, arch::layernorm, arch::bias_residual_layernorm, arch::bias_activation, \
-        arch::linear, arch::attention, arch::attention_block, arch::ffn,                          \
-        arch::attention_block_workspace_bytes, arch::ffn_workspace_bytes                          \
+        arch::linear, arch::attention, arch::attention_block, arch::ffn,                           \
+        arch::attention_block_workspace_bytes, arch::ffn_workspace_bytes                           \
   }
 
 OpTable choose_table() {
@@ -36,9 +36,10 @@ OpTable choose_table() {
   const bool only_portable = limit != nullptr && std::strcmp(limit, "portable") == 0;
   const bool only_avx2 = limit != nullptr && std::strcmp(limit, "avx2") == 0;
   __builtin_cpu_init();
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (has_avx512 && !only_portable && !only_avx2) return EET_OP_TABLE(avx512);
   if (has_avx2 && !only_portable) return EET_OP_TABLE(avx2);
@@ -75,16 +76,24 @@ void* thread_scratch(ScratchSlot slot, int64_t bytes) {
   return scratch.data[index];
 }
 
-Status embedding(const EmbeddingArgs& args, const Context& context) { return table().embedding(args, context); }
-Status layernorm(const LayerNormArgs& args, const Context& context) { return table().layernorm(args, context); }
+Status embedding(const EmbeddingArgs& args, const Context& context) {
+  return table().embedding(args, context);
+}
+Status layernorm(const LayerNormArgs& args, const Context& context) {
+  return table().layernorm(args, context);
+}
 Status bias_residual_layernorm(const BiasResidualLayerNormArgs& args, const Context& context) {
   return table().bias_residual_layernorm(args, context);
 }
 Status bias_activation(const BiasActivationArgs& args, const Context& context) {
   return table().bias_activation(args, context);
 }
-Status linear(const LinearArgs& args, const Context& context) { return table().linear(args, context); }
-Status attention(const AttentionArgs& args, const Context& context) { return table().attention(args, context); }
+Status linear(const LinearArgs& args, const Context& context) {
+  return table().linear(args, context);
+}
+Status attention(const AttentionArgs& args, const Context& context) {
+  return table().attention(args, context);
+}
 Status attention_block(const AttentionBlockArgs& args, const Context& context) {
   return table().attention_block(args, context);
 }

@@ -1,6 +1,7 @@
 // Sum of word, position and token type rows, with an optional layer norm. One thread a row.
 //
-// Indices are checked before any row is read; a bad one leaves its row unwritten and turns the status.
+// Indices are checked before any row is read; a bad one leaves its row unwritten and turns the
+// status.
 #include "cpu/norm.h"
 #include "cpu/team.h"
 
@@ -18,7 +19,8 @@ bool embedding_rows(const Team& team, const EmbeddingArgs& args) {
   const T* norm_weight = static_cast<const T*>(args.norm_weight);
   float* sum = nullptr;
   if (norm_weight != nullptr) {
-    sum = static_cast<float*>(thread_scratch(ScratchSlot::kPackedWeight, size * int64_t(sizeof(float))));
+    sum = static_cast<float*>(
+        thread_scratch(ScratchSlot::kPackedWeight, size * int64_t(sizeof(float))));
   }
   const Vec scale = set1(args.word_scale);
   bool bad = false;
@@ -32,7 +34,8 @@ bool embedding_rows(const Team& team, const EmbeddingArgs& args) {
       row_bad |= !inside(position_index, args.num_positions);
     }
     if (args.token_type_weight != nullptr) {
-      if (args.token_type_ids != nullptr) type_index = args.token_type_ids[r % args.token_type_count];
+      if (args.token_type_ids != nullptr)
+        type_index = args.token_type_ids[r % args.token_type_count];
       row_bad |= !inside(type_index, args.num_token_types);
     }
     if (row_bad) {
@@ -71,7 +74,8 @@ Status embedding(const EmbeddingArgs& args, const Context& context) {
   int bad = 0;
   parallel(threads_for(2 * args.rows * args.hidden_size, context), [&](const Team& team) {
     for_dtype(args.dtype, [&](auto element) {
-      if (embedding_rows<decltype(element)>(team, args)) __atomic_store_n(&bad, 1, __ATOMIC_RELAXED);
+      if (embedding_rows<decltype(element)>(team, args))
+        __atomic_store_n(&bad, 1, __ATOMIC_RELAXED);
     });
   });
   Status status;

@@ -1,4 +1,5 @@
-// The end of every linear product: bias, activation and residual on a tile of fp32 sums, stored as T.
+// The end of every linear product: bias, activation and residual on a tile of fp32 sums, stored as
+// T.
 #pragma once
 
 #include "cpu/math.h"
@@ -8,7 +9,8 @@ namespace eet_patch {
 namespace cpu {
 namespace EET_CPU_ARCH {
 
-// Panels of kTileColumns or ranges of columns never cross from one of the side-by-side weights to the next.
+// Panels of kTileColumns or ranges of columns never cross from one of the side-by-side weights to
+// the next.
 template <typename T>
 struct LinearView {
   T* out;
@@ -22,15 +24,16 @@ struct LinearView {
         residual(static_cast<const T*>(args.residual)),
         out_stride(args.out_stride),
         out_features(args.out_features) {
-    for (int i = 0; i < 3; ++i) bias[i] = i < args.num_weights ? static_cast<const T*>(args.bias[i]) : nullptr;
+    for (int i = 0; i < 3; ++i)
+      bias[i] = i < args.num_weights ? static_cast<const T*>(args.bias[i]) : nullptr;
   }
 };
 
-// Rows [row, row + rows) and columns [column, column + width) of weight `index`; the tile has `ld` floats a row and may
-// be read up to the next whole vector.
+// Rows [row, row + rows) and columns [column, column + width) of weight `index`; the tile has `ld`
+// floats a row and may be read up to the next whole vector.
 template <typename T, Activation kActivation>
-void finish_tile(const LinearView<T>& view, const float* tile, int64_t ld, int64_t row, int64_t rows, int index,
-                 int64_t column, int64_t width) {
+void finish_tile(const LinearView<T>& view, const float* tile, int64_t ld, int64_t row,
+                 int64_t rows, int index, int64_t column, int64_t width) {
   const T* bias = view.bias[index] == nullptr ? nullptr : view.bias[index] + column;
   const int64_t offset = row * view.out_stride + index * view.out_features + column;
   T* out = view.out + offset;
@@ -51,7 +54,8 @@ void finish_tile(const LinearView<T>& view, const float* tile, int64_t ld, int64
 }
 
 template <typename T>
-using FinishTile = void (*)(const LinearView<T>&, const float*, int64_t, int64_t, int64_t, int, int64_t, int64_t);
+using FinishTile = void (*)(const LinearView<T>&, const float*, int64_t, int64_t, int64_t, int,
+                            int64_t, int64_t);
 
 template <typename T>
 inline FinishTile<T> finish_tile_for(Activation activation) {

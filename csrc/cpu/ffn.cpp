@@ -1,4 +1,5 @@
-// A feed-forward block in one parallel region: two linear products with everything around them fused.
+// A feed-forward block in one parallel region: two linear products with everything around them
+// fused.
 #include "cpu/team_ops.h"
 
 namespace eet_patch {
@@ -61,8 +62,9 @@ int64_t ffn_workspace_bytes(const FfnArgs& args) {
 Status ffn(const FfnArgs& args, const Context& context) {
   if (args.rows == 0) return Status();
   const FfnSteps steps(args);
-  float* packed = static_cast<float*>(thread_scratch(
-      ScratchSlot::kPackedInput, max64(linear_packed_bytes(steps.fc1), linear_packed_bytes(steps.fc2))));
+  float* packed = static_cast<float*>(
+      thread_scratch(ScratchSlot::kPackedInput,
+                     max64(linear_packed_bytes(steps.fc1), linear_packed_bytes(steps.fc2))));
   parallel(threads_for(linear_work(steps.fc1) / 2, context), [&](const Team& team) {
     linear_team(team, steps.fc1, packed);
     team.barrier();

@@ -1,8 +1,10 @@
-// Linear products of any number of rows: few rows straight from the weight (linear_skinny.h), more by a blocked product
-// after Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), as BLIS arranges it.
+// Linear products of any number of rows: few rows straight from the weight (linear_skinny.h), more
+// by a blocked product after Goto and van de Geijn, "Anatomy of High-Performance Matrix
+// Multiplication" (2008), as BLIS arranges it.
 //
-// Blocked product: the team packs the input rows together (fp32, layer norm applied on the way), then each thread packs
-// panels of its own columns of the weight into L2 and runs the register tile over all of its rows.
+// Blocked product: the team packs the input rows together (fp32, layer norm applied on the way),
+// then each thread packs panels of its own columns of the weight into L2 and runs the register tile
+// over all of its rows.
 #include "cpu/linear_skinny.h"
 #include "cpu/microkernel.h"
 
@@ -11,8 +13,10 @@ namespace cpu {
 namespace EET_CPU_ARCH {
 namespace {
 
-constexpr int64_t kPackedInputBytes = int64_t(4) << 20;   // of the shared packed input; more rows go in several blocks
-constexpr int64_t kPackedWeightBytes = int64_t(512) << 10;  // of one thread's packed panels: half of a 1 MB L2
+constexpr int64_t kPackedInputBytes =
+    int64_t(4) << 20;  // of the shared packed input; more rows go in several blocks
+constexpr int64_t kPackedWeightBytes = int64_t(512)
+                                       << 10;  // of one thread's packed panels: half of a 1 MB L2
 // Terms added in one go: longer sums are cut, which bounds the chain of roundings.
 constexpr int64_t kDepthChunks = 512 / kLanes;
 
@@ -36,15 +40,17 @@ struct BlockedPlan {
 };
 
 template <typename T>
-void pack_input_rows(const Team& team, const LinearArgs& args, const BlockedPlan& plan, float* packed, int64_t row,
-                     int64_t rows) {
+void pack_input_rows(const Team& team, const LinearArgs& args, const BlockedPlan& plan,
+                     float* packed, int64_t row, int64_t rows) {
   const int64_t chunk_stride = plan.tile_rows * kLanes;
   const Range mine = team.share(rows);
   for (int64_t i = mine.begin; i < mine.end; ++i) {
     const T* source = static_cast<const T*>(args.input) + (row + i) * args.input_stride;
-    float* dst = packed + i / plan.tile_rows * plan.tile_rows * plan.depth + i % plan.tile_rows * kLanes;
+    float* dst =
+        packed + i / plan.tile_rows * plan.tile_rows * plan.depth + i % plan.tile_rows * kLanes;
     if (args.norm_weight != nullptr) {
-      pack_row_normalised(dst, chunk_stride, source, args.in_features, static_cast<const T*>(args.norm_weight),
+      pack_row_normalised(dst, chunk_stride, source, args.in_features,
+                          static_cast<const T*>(args.norm_weight),
                           static_cast<const T*>(args.norm_bias), args.norm_eps);
     } else {
       pack_row(dst, chunk_stride, source, args.in_features, 1.0f);
@@ -52,11 +58,11 @@ void pack_input_rows(const Team& team, const LinearArgs& args, const BlockedPlan
   }
 }
 
-// Whole panels of an (in, out) weight from column `column` on: row by row over all of them, so that memory is read in
-// runs of count * kTileColumns elements, a few rows ahead of the loads.
+// Whole panels of an (in, out) weight from column `column` on: row by row over all of them, so that
+// memory is read in runs of count * kTileColumns elements, a few rows ahead of the loads.
 template <typename T>
-void pack_whole_panels(const LinearArgs& args, const BlockedPlan& plan, float* packed, const T* weight, int64_t column,
-                       int64_t count) {
+void pack_whole_panels(const LinearArgs& args, const BlockedPlan& plan, float* packed,
+                       const T* weight, int64_t column, int64_t count) {
   constexpr int64_t kRowsAhead = 8;
   const int64_t panel_floats = plan.depth * kTileColumns;
   for (int64_t k = 0; k < args.in_features; ++k) {
@@ -81,7 +87,8 @@ void pack_whole_panels(const LinearArgs& args, const BlockedPlan& plan, float* p
 
 // Panels [first, first + count) of all weights, each depth x kTileColumns.
 template <typename T>
-void pack_panels(const LinearArgs& args, const BlockedPlan& plan, float* packed, int64_t first, int64_t count) {
+void pack_panels(const LinearArgs& args, const BlockedPlan& plan, float* packed, int64_t first,
+                 int64_t count) {
   const int64_t panel_floats = plan.depth * kTileColumns;
   for (int64_t p = 0; p < count;) {
     const int64_t index = (first + p) / plan.panels_each, panel = (first + p) % plan.panels_each;
@@ -96,17 +103,19 @@ void pack_panels(const LinearArgs& args, const BlockedPlan& plan, float* packed,
       continue;
     }
     if (args.in_out) {
-      pack_straight(dst, kTileColumns, weight + column, args.out_features, width, args.in_features, plan.depth);
+      pack_straight(dst, kTileColumns, weight + column, args.out_features, width, args.in_features,
+                    plan.depth);
     } else {
-      pack_transposed(dst, kTileColumns, weight + column * args.in_features, args.in_features, width,
-                      args.in_features);
+      pack_transposed(dst, kTileColumns, weight + column * args.in_features, args.in_features,
+                      width, args.in_features);
     }
     ++p;
   }
 }
 
-// How a team divides the tiles x panels of a block: `across` threads side by side, the rest below one another. Cost is
-// what the busiest thread computes and packs (packing a column costs about as much as kPackCost rows of it).
+// How a team divides the tiles x panels of a block: `across` threads side by side, the rest below
+// one another. Cost is what the busiest thread computes and packs (packing a column costs about as
+// much as kPackCost rows of it).
 struct Grid {
   int down, across;
 };
@@ -132,8 +141,8 @@ void linear_blocked(const Team& team, const LinearArgs& args, float* packed_inpu
   const FinishTile<T> finish = finish_tile_for<T>(args.activation);
   const int64_t panel_floats = plan.depth * kTileColumns;
   const int64_t group = min64(max64(kPackedWeightBytes / 4 / panel_floats, 1), plan.panels);
-  float* packed_weight =
-      static_cast<float*>(thread_scratch(ScratchSlot::kPackedWeight, group * panel_floats * int64_t(sizeof(float))));
+  float* packed_weight = static_cast<float*>(
+      thread_scratch(ScratchSlot::kPackedWeight, group * panel_floats * int64_t(sizeof(float))));
   alignas(64) float sums[kTileRows * kTileColumns];
 
   for (int64_t row = 0; row < args.rows; row += plan.block_rows) {
@@ -160,11 +169,12 @@ void linear_blocked(const Team& team, const LinearArgs& args, float* packed_inpu
           const MicroKernel kernel = micro_kernel_for(tile_rows, width);
           const int64_t chunks = plan.depth / kLanes, chunk_stride = plan.tile_rows * kLanes;
           for (int64_t c = 0; c < chunks; c += kDepthChunks) {
-            kernel(a + c * chunk_stride, chunk_stride, packed_weight + p * panel_floats + c * kLanes * kTileColumns,
-                   kTileColumns, min64(kDepthChunks, chunks - c), sums, kTileColumns, c > 0);
+            kernel(a + c * chunk_stride, chunk_stride,
+                   packed_weight + p * panel_floats + c * kLanes * kTileColumns, kTileColumns,
+                   min64(kDepthChunks, chunks - c), sums, kTileColumns, c > 0);
           }
-          finish(view, sums, kTileColumns, row + tile_row, tile_rows, int((first + p) / plan.panels_each), column,
-                 width);
+          finish(view, sums, kTileColumns, row + tile_row, tile_rows,
+                 int((first + p) / plan.panels_each), column, width);
         }
       }
     }
@@ -194,8 +204,10 @@ void linear_team(const Team& team, const LinearArgs& args, float* packed_input) 
 
 Status linear(const LinearArgs& args, const Context& context) {
   if (args.rows == 0 || args.out_features == 0) return Status();
-  float* packed = static_cast<float*>(thread_scratch(ScratchSlot::kPackedInput, linear_packed_bytes(args)));
-  parallel(threads_for(linear_work(args) / 4, context), [&](const Team& team) { linear_team(team, args, packed); });
+  float* packed =
+      static_cast<float*>(thread_scratch(ScratchSlot::kPackedInput, linear_packed_bytes(args)));
+  parallel(threads_for(linear_work(args) / 4, context),
+           [&](const Team& team) { linear_team(team, args, packed); });
   return Status();
 }
 

@@ -1,7 +1,9 @@
-// Linear products of few rows (decoding): every weight is read once, at memory bandwidth, straight from where it lies.
+// Linear products of few rows (decoding): every weight is read once, at memory bandwidth, straight
+// from where it lies.
 //
-// Each thread makes its own fp32 copy of the input rows (normalised where asked, at most kSkinnyRows * in_features floats)
-// and owns a range of output columns, so no thread waits for another.
+// Each thread makes its own fp32 copy of the input rows (normalised where asked, at most
+// kSkinnyRows * in_features floats) and owns a range of output columns, so no thread waits for
+// another.
 #pragma once
 
 #include "cpu/epilogue.h"
@@ -12,16 +14,19 @@ namespace cpu {
 namespace EET_CPU_ARCH {
 
 constexpr int kSkinnyRows = 8;
-constexpr int64_t kColumnGrain = 32;       // columns are shared out in runs of whole cache lines, also for 16-bit weights
-constexpr int64_t kInputFloats = 8192;       // 32 KB of L1 for the input of the (out, in) order
-constexpr int64_t kAccumulatorFloats = 4096;  // 16 KB of L1 for the accumulators of the in_out order
+constexpr int64_t kColumnGrain =
+    32;  // columns are shared out in runs of whole cache lines, also for 16-bit weights
+constexpr int64_t kInputFloats = 8192;  // 32 KB of L1 for the input of the (out, in) order
+constexpr int64_t kAccumulatorFloats =
+    4096;  // 16 KB of L1 for the accumulators of the in_out order
 
-// (out, in) order. R input rows times NW weight rows over `depth` of the in_features, accumulators along them. The NW
-// rows that come next are prefetched: they follow in memory, but the hardware prefetcher stops at every page, and without
-// the hint 4 rows of input got 20 GB/s on one core instead of 28 (Zen 5, fp32).
+// (out, in) order. R input rows times NW weight rows over `depth` of the in_features, accumulators
+// along them. The NW rows that come next are prefetched: they follow in memory, but the hardware
+// prefetcher stops at every page, and without the hint 4 rows of input got 20 GB/s on one core
+// instead of 28 (Zen 5, fp32).
 template <typename T, int R, int NW>
-inline void dot_rows(const float* input, int64_t input_ld, const T* weight, int64_t in_features, int64_t depth,
-                     float* tile, int64_t tile_ld, bool first) {
+inline void dot_rows(const float* input, int64_t input_ld, const T* weight, int64_t in_features,
+                     int64_t depth, float* tile, int64_t tile_ld, bool first) {
   Vec acc[R][NW];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -61,11 +66,13 @@ inline void dot_rows(const float* input, int64_t input_ld, const T* weight, int6
   }
 }
 
-// (in, out) order. Adds KU rows of the weight, each a contiguous run of `columns`, to the R accumulator rows in L1, and
-// prefetches the next KU. Four rows at a time for 8 rows of input: 27 GB/s on one core, with two it was 19 (Zen 5, fp32).
+// (in, out) order. Adds KU rows of the weight, each a contiguous run of `columns`, to the R
+// accumulator rows in L1, and prefetches the next KU. Four rows at a time for 8 rows of input: 27
+// GB/s on one core, with two it was 19 (Zen 5, fp32).
 template <typename T, int R, int KU>
-inline void add_weight_rows(const float* input, int64_t input_ld, const T* weight, int64_t weight_ld, int64_t columns,
-                            float* acc, int64_t acc_ld, bool first) {
+inline void add_weight_rows(const float* input, int64_t input_ld, const T* weight,
+                            int64_t weight_ld, int64_t columns, float* acc, int64_t acc_ld,
+                            bool first) {
   Vec x[R][KU];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -101,8 +108,9 @@ inline void add_weight_rows(const float* input, int64_t input_ld, const T* weigh
 
 // Columns [begin, end) of weight `index`.
 template <typename T, int R>
-void skinny_columns(const LinearArgs& args, const LinearView<T>& view, FinishTile<T> finish, const float* input,
-                    int64_t input_ld, float* acc, int64_t row, int index, int64_t begin, int64_t end) {
+void skinny_columns(const LinearArgs& args, const LinearView<T>& view, FinishTile<T> finish,
+                    const float* input, int64_t input_ld, float* acc, int64_t row, int index,
+                    int64_t begin, int64_t end) {
   const T* weight = static_cast<const T*>(args.weight[index]);
   const int64_t depth = args.in_features;
   if (args.in_out) {
@@ -113,12 +121,12 @@ void skinny_columns(const LinearArgs& args, const LinearView<T>& view, FinishTil
       const T* rows = weight + column;
       int64_t k = 0;
       for (; k + kUnroll <= depth; k += kUnroll) {
-        add_weight_rows<T, R, kUnroll>(input + k, input_ld, rows + k * args.out_features, args.out_features, columns,
-                                       acc, step, k == 0);
+        add_weight_rows<T, R, kUnroll>(input + k, input_ld, rows + k * args.out_features,
+                                       args.out_features, columns, acc, step, k == 0);
       }
       for (; k < depth; ++k) {
-        add_weight_rows<T, R, 1>(input + k, input_ld, rows + k * args.out_features, args.out_features, columns, acc,
-                                 step, k == 0);
+        add_weight_rows<T, R, 1>(input + k, input_ld, rows + k * args.out_features,
+                                 args.out_features, columns, acc, step, k == 0);
       }
       finish(view, acc, step, row, R, index, column, columns);
     }
@@ -137,10 +145,12 @@ void skinny_columns(const LinearArgs& args, const LinearView<T>& view, FinishTil
       const T* rows = weight + column * depth + k;
       int64_t j = 0;
       for (; j + kStreams <= columns; j += kStreams) {
-        dot_rows<T, R, kStreams>(input + k, input_ld, rows + j * depth, depth, length, acc + j, kColumnGrain, k == 0);
+        dot_rows<T, R, kStreams>(input + k, input_ld, rows + j * depth, depth, length, acc + j,
+                                 kColumnGrain, k == 0);
       }
       for (; j < columns; ++j) {
-        dot_rows<T, R, 1>(input + k, input_ld, rows + j * depth, depth, length, acc + j, kColumnGrain, k == 0);
+        dot_rows<T, R, 1>(input + k, input_ld, rows + j * depth, depth, length, acc + j,
+                          kColumnGrain, k == 0);
       }
     }
     finish(view, acc, kColumnGrain, row, R, index, column, columns);
@@ -148,10 +158,11 @@ void skinny_columns(const LinearArgs& args, const LinearView<T>& view, FinishTil
 }
 
 template <typename T>
-using SkinnyColumns = void (*)(const LinearArgs&, const LinearView<T>&, FinishTile<T>, const float*, int64_t, float*,
-                               int64_t, int, int64_t, int64_t);
+using SkinnyColumns = void (*)(const LinearArgs&, const LinearView<T>&, FinishTile<T>, const float*,
+                               int64_t, float*, int64_t, int, int64_t, int64_t);
 
-// The thread's share of all columns of all weights, for any number of rows (more than kSkinnyRows: in several passes).
+// The thread's share of all columns of all weights, for any number of rows (more than kSkinnyRows:
+// in several passes).
 template <typename T>
 void linear_skinny(const Team& team, const LinearArgs& args) {
   static constexpr SkinnyColumns<T> kColumns[kSkinnyRows] = {
@@ -164,8 +175,9 @@ void linear_skinny(const Team& team, const LinearArgs& args) {
   const LinearView<T> view(args);
   const FinishTile<T> finish = finish_tile_for<T>(args.activation);
   const int64_t input_ld = round_up(args.in_features, kLanes);
-  float* acc = static_cast<float*>(thread_scratch(
-      ScratchSlot::kPackedWeight, (kAccumulatorFloats + kSkinnyRows * input_ld) * int64_t(sizeof(float))));
+  float* acc = static_cast<float*>(
+      thread_scratch(ScratchSlot::kPackedWeight,
+                     (kAccumulatorFloats + kSkinnyRows * input_ld) * int64_t(sizeof(float))));
   float* input = acc + kAccumulatorFloats;
   for (int64_t row = 0; row < args.rows; row += kSkinnyRows) {
     const int64_t rows = min64(kSkinnyRows, args.rows - row);
@@ -173,16 +185,18 @@ void linear_skinny(const Team& team, const LinearArgs& args) {
       const T* source = static_cast<const T*>(args.input) + (row + i) * args.input_stride;
       if (args.norm_weight != nullptr) {
         pack_row_normalised(input + i * input_ld, kLanes, source, args.in_features,
-                            static_cast<const T*>(args.norm_weight), static_cast<const T*>(args.norm_bias),
-                            args.norm_eps);
+                            static_cast<const T*>(args.norm_weight),
+                            static_cast<const T*>(args.norm_bias), args.norm_eps);
       } else {
         pack_row(input + i * input_ld, kLanes, source, args.in_features, 1.0f);
       }
     }
     for (int index = 0; index < args.num_weights; ++index) {
       const int64_t begin = max64(grains.begin - index * grains_each, 0) * kColumnGrain;
-      const int64_t end = min64((grains.end - index * grains_each) * kColumnGrain, args.out_features);
-      if (begin < end) kColumns[rows - 1](args, view, finish, input, input_ld, acc, row, index, begin, end);
+      const int64_t end =
+          min64((grains.end - index * grains_each) * kColumnGrain, args.out_features);
+      if (begin < end)
+        kColumns[rows - 1](args, view, finish, input, input_ld, acc, row, index, begin, end);
     }
   }
 }

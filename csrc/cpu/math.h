@@ -7,11 +7,13 @@ namespace eet_patch {
 namespace cpu {
 namespace EET_CPU_ARCH {
 
-// exp within 2 ulp for x <= 88.3 (above: the value there, about 2e38); exactly 0 below -87.3, so also at -inf.
-// x = n ln2 + r with ln2 in two parts, exp(r) by a polynomial on |r| <= ln2 / 2 (Cephes expf), then times 2^n.
+// exp within 2 ulp for x <= 88.3 (above: the value there, about 2e38); exactly 0 below -87.3, so
+// also at -inf. x = n ln2 + r with ln2 in two parts, exp(r) by a polynomial on |r| <= ln2 / 2
+// (Cephes expf), then times 2^n.
 EET_INLINE Vec exp(Vec x) {
   const Vec lowest = set1(-87.3f);
-  const Vec clamped = min(set1(88.3f), max(lowest, x));  // min and max give the second operand for NaN
+  const Vec clamped =
+      min(set1(88.3f), max(lowest, x));  // min and max give the second operand for NaN
   const Vec n = round_nearest(clamped * set1(1.44269504088896341f));
   Vec r = fma(n, set1(-0.693359375f), clamped);
   r = fma(n, set1(2.12194440e-4f), r);
@@ -24,9 +26,9 @@ EET_INLINE Vec exp(Vec x) {
   return select_less(x, lowest, zero(), scale_by_power(p, n));
 }
 
-// 1 - erf(z) for z >= 0, relative error below 2e-7 up to z = 9: exp(-z^2) t P(t) with t = 1 / (1 + z / 2). P is a
-// least squares fit reweighted towards the minimax error, 4e-8. A form whose error is relative keeps the tail of gelu,
-// where 1 + erf(x) cancels.
+// 1 - erf(z) for z >= 0, relative error below 2e-7 up to z = 9: exp(-z^2) t P(t) with t = 1 / (1 +
+// z / 2). P is a least squares fit reweighted towards the minimax error, 4e-8. A form whose error
+// is relative keeps the tail of gelu, where 1 + erf(x) cancels.
 EET_INLINE Vec erfc(Vec z) {
   const Vec t = set1(1.0f) / fma(z, set1(0.5f), set1(1.0f));
   Vec p = fma(t, set1(-5.888852325e-02f), set1(2.836918712e-01f));
@@ -40,7 +42,8 @@ EET_INLINE Vec erfc(Vec z) {
   return exp(zero() - z * z) * (t * p);
 }
 
-// x / (1 + exp(-y)): silu for y = x, the tanh form of gelu for y = 2 sqrt(2/pi) (x + 0.044715 x^3), without cancellation
+// x / (1 + exp(-y)): silu for y = x, the tanh form of gelu for y = 2 sqrt(2/pi) (x + 0.044715 x^3),
+// without cancellation
 EET_INLINE Vec gate(Vec x, Vec y) {
   const Vec power = zero() - y;
   // exp ends at 88.3, and a huge x over its value there would not be 0.
@@ -58,7 +61,8 @@ EET_INLINE Vec activate(Vec x) {
     return select_less(zero(), x, x - tail, tail);
   }
   if (kActivation == Activation::kGeluTanh) {
-    const Vec y = x * fma(x * x, set1(2 * 0.79788456080286536f * 0.044715f), set1(2 * 0.79788456080286536f));
+    const Vec y =
+        x * fma(x * x, set1(2 * 0.79788456080286536f * 0.044715f), set1(2 * 0.79788456080286536f));
     return gate(x, y);
   }
   if (kActivation == Activation::kRelu) return select_less(x, zero(), zero(), x);  // keeps NaN
@@ -75,11 +79,16 @@ struct ActivationTag {
 template <typename Body>
 EET_INLINE void for_activation(Activation activation, const Body& body) {
   switch (activation) {
-    case Activation::kGeluErf: return body(ActivationTag<Activation::kGeluErf>());
-    case Activation::kGeluTanh: return body(ActivationTag<Activation::kGeluTanh>());
-    case Activation::kRelu: return body(ActivationTag<Activation::kRelu>());
-    case Activation::kSilu: return body(ActivationTag<Activation::kSilu>());
-    case Activation::kNone: break;
+    case Activation::kGeluErf:
+      return body(ActivationTag<Activation::kGeluErf>());
+    case Activation::kGeluTanh:
+      return body(ActivationTag<Activation::kGeluTanh>());
+    case Activation::kRelu:
+      return body(ActivationTag<Activation::kRelu>());
+    case Activation::kSilu:
+      return body(ActivationTag<Activation::kSilu>());
+    case Activation::kNone:
+      break;
   }
   body(ActivationTag<Activation::kNone>());
 }

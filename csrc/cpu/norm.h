@@ -1,4 +1,5 @@
-// Row primitives of layer norm: statistics in two passes (mean, then the variance about it), both in fp32.
+// Row primitives of layer norm: statistics in two passes (mean, then the variance about it), both
+// in fp32.
 #pragma once
 
 #include "cpu/math.h"
@@ -35,13 +36,15 @@ inline RowStatistics row_statistics(const T* row, int64_t size, float eps) {
     const Vec d = select_first(load_upto(row + j, size - j) - centre, size - j, zero());
     square[0] = fma(d, d, square[0]);
   }
-  const float variance = reduce_add((square[0] + square[1]) + (square[2] + square[3])) / float(size);
+  const float variance =
+      reduce_add((square[0] + square[1]) + (square[2] + square[3])) / float(size);
   return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
 // Lanes [j, j + n) of the normalised row; weight and bias may be null.
 template <typename T>
-EET_INLINE Vec normalise(Vec x, const RowStatistics& statistics, const T* weight, const T* bias, int64_t j, int64_t n) {
+EET_INLINE Vec normalise(Vec x, const RowStatistics& statistics, const T* weight, const T* bias,
+                         int64_t j, int64_t n) {
   Vec y = (x - set1(statistics.mean)) * set1(statistics.inverse_std);
   if (weight != nullptr) y = y * load_upto(weight + j, n);
   if (bias != nullptr) y = y + load_upto(bias + j, n);
@@ -50,14 +53,17 @@ EET_INLINE Vec normalise(Vec x, const RowStatistics& statistics, const T* weight
 
 // out may be the row itself when the types agree.
 template <typename In, typename T>
-inline void layernorm_row(T* out, const In* row, const T* weight, const T* bias, int64_t size, float eps) {
+inline void layernorm_row(T* out, const In* row, const T* weight, const T* bias, int64_t size,
+                          float eps) {
   const RowStatistics statistics = row_statistics(row, size, eps);
   int64_t j = 0;
   for (; j + kLanes <= size; j += kLanes) {
     store(out + j, normalise(load(row + j), statistics, weight, bias, j, kLanes));
   }
   if (j < size) {
-    store_partial(out + j, normalise(load_partial(row + j, size - j), statistics, weight, bias, j, size - j), size - j);
+    store_partial(out + j,
+                  normalise(load_partial(row + j, size - j), statistics, weight, bias, j, size - j),
+                  size - j);
   }
 }
 

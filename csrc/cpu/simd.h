@@ -1,7 +1,9 @@
-// One vector of floats per instruction set: 16 lanes with AVX-512, 8 with AVX2, 4 by GCC's vector extension elsewhere.
+// One vector of floats per instruction set: 16 lanes with AVX-512, 8 with AVX2, 4 by GCC's vector
+// extension elsewhere.
 //
-// Elements are loaded from and stored to float, Half and BFloat16; every computation is in fp32. Conversions to 16 bits
-// round to nearest even and keep NaN a NaN. load_partial fills the missing lanes with zeros and reads nothing past n.
+// Elements are loaded from and stored to float, Half and BFloat16; every computation is in fp32.
+// Conversions to 16 bits round to nearest even and keep NaN a NaN. load_partial fills the missing
+// lanes with zeros and reads nothing past n.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +12,8 @@
 #include "common/types.h"
 
 #if defined(__AVX2__)
-// GCC 12 takes the deliberately undefined operands inside its own intrinsics for uninitialised variables (PR 105593).
+// GCC 12 takes the deliberately undefined operands inside its own intrinsics for uninitialised
+// variables (PR 105593).
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -60,8 +63,12 @@ EET_INLINE Vec widen_bfloat16(__m256i x) {
 EET_INLINE Vec load(const BFloat16* p) {
   return widen_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-EET_INLINE __mmask16 first_lanes(int64_t n) { return __mmask16(n >= 16 ? 0xffffu : (1u << n) - 1u); }
-EET_INLINE Vec load_partial(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
+EET_INLINE __mmask16 first_lanes(int64_t n) {
+  return __mmask16(n >= 16 ? 0xffffu : (1u << n) - 1u);
+}
+EET_INLINE Vec load_partial(const float* p, int64_t n) {
+  return {_mm512_maskz_loadu_ps(first_lanes(n), p)};
+}
 EET_INLINE Vec load_partial(const Half* p, int64_t n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))};
 }
@@ -78,9 +85,15 @@ EET_INLINE __m256i narrow_bfloat16(Vec x) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
 }
 EET_INLINE void store(float* p, Vec x) { _mm512_storeu_ps(p, x.v); }
-EET_INLINE void store(Half* p, Vec x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_half(x)); }
-EET_INLINE void store(BFloat16* p, Vec x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16(x)); }
-EET_INLINE void store_partial(float* p, Vec x, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), x.v); }
+EET_INLINE void store(Half* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_half(x));
+}
+EET_INLINE void store(BFloat16* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16(x));
+}
+EET_INLINE void store_partial(float* p, Vec x, int64_t n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), x.v);
+}
 EET_INLINE void store_partial(Half* p, Vec x, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_half(x));
 }
@@ -118,7 +131,8 @@ EET_INLINE float reduce_max(Vec x) {
   q = _mm_max_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
-// rows of a 16 x 16 block become its columns: 4-byte, 8-byte, then two rounds of 16-byte interleaves
+// rows of a 16 x 16 block become its columns: 4-byte, 8-byte, then two rounds of 16-byte
+// interleaves
 EET_INLINE void transpose(Vec (&r)[kLanes]) {
   __m512 t[16], u[16];
 #pragma GCC unroll 8
@@ -177,7 +191,8 @@ EET_INLINE void store(BFloat16* p, Vec x) {
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
   const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
-  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  const __m128i packed =
+      _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 }
 EET_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -204,8 +219,12 @@ EET_INLINE __m256i first_lanes(int64_t n) {
 EET_INLINE Vec select_first(Vec x, int64_t n, Vec other) {
   return {_mm256_blendv_ps(other.v, x.v, _mm256_castsi256_ps(first_lanes(n)))};
 }
-EET_INLINE Vec load_partial(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }
-EET_INLINE void store_partial(float* p, Vec x, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), x.v); }
+EET_INLINE Vec load_partial(const float* p, int64_t n) {
+  return {_mm256_maskload_ps(p, first_lanes(n))};
+}
+EET_INLINE void store_partial(float* p, Vec x, int64_t n) {
+  _mm256_maskstore_ps(p, first_lanes(n), x.v);
+}
 EET_INLINE float reduce_add(Vec x) {
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
@@ -246,10 +265,12 @@ struct Vec {
   FloatLanes v;
 };
 EET_INLINE float to_float(Half x) {  // scaling by 2^112 rebiases normals and normalises subnormals
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
-  const uint32_t bits = (x.bits & 0x7c00) == 0x7c00
-                            ? magnitude | 0x7f800000u
-                            : float_bits(bits_float(magnitude) * bits_float(uint32_t(127 + 112) << 23));
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000)
+                                                                     << 16;
+  const uint32_t bits =
+      (x.bits & 0x7c00) == 0x7c00
+          ? magnitude | 0x7f800000u
+          : float_bits(bits_float(magnitude) * bits_float(uint32_t(127 + 112) << 23));
   return bits_float(bits | sign);
 }
 EET_INLINE Half to_half(float x) {
@@ -257,7 +278,8 @@ EET_INLINE Half to_half(float x) {
   const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
   if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00)};
   if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00)};  // rounds to 65536 or more
-  if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
+  if (magnitude <
+      0x38800000u) {  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
     return {uint16_t(sign | (float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u))};
   }
   return {uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13))};

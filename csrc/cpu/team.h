@@ -1,4 +1,5 @@
-// Threads of one op: a parallel region entered once, the rank inside it, barriers and static shares of the work.
+// Threads of one op: a parallel region entered once, the rank inside it, barriers and static shares
+// of the work.
 #pragma once
 
 #include <omp.h>
@@ -14,8 +15,9 @@ struct Range {
   int64_t begin, end;
 };
 
-// Barrier of a team: spins for about 30 us, then yields. libgomp's own spins for milliseconds before it sleeps, which
-// on a busy machine costs a scheduler slice at each of the up to seven barriers of a composite.
+// Barrier of a team: spins for about 30 us, then yields. libgomp's own spins for milliseconds
+// before it sleeps, which on a busy machine costs a scheduler slice at each of the up to seven
+// barriers of a composite.
 struct BarrierState {
   alignas(64) int arrived = 0;
   alignas(64) int generation = 0;
@@ -48,7 +50,8 @@ struct Team {
     if (size > 1) state->wait(size);
   }
 
-  // Share of [0, count): contiguous, cut at multiples of `grain`, the same for every run with this team size.
+  // Share of [0, count): contiguous, cut at multiples of `grain`, the same for every run with this
+  // team size.
   Range share(int64_t count, int64_t grain = 1) const {
     const int64_t grains = (count + grain - 1) / grain;
     const int64_t begin = grains * rank / size * grain, end = grains * (rank + 1) / size * grain;
@@ -56,7 +59,8 @@ struct Team {
   }
 };
 
-// Runs body(team) on up to num_threads threads; the runtime may give fewer, so the team knows the true number.
+// Runs body(team) on up to num_threads threads; the runtime may give fewer, so the team knows the
+// true number.
 template <typename Body>
 void parallel(int num_threads, const Body& body) {
   if (num_threads <= 1) {
@@ -72,8 +76,8 @@ void parallel(int num_threads, const Body& body) {
   }
 }
 
-// Fork and join cost about 2 us: a thread is worth waking for this many elementary steps (multiply-adds, or elements
-// times their passes), and twice as many make the first region.
+// Fork and join cost about 2 us: a thread is worth waking for this many elementary steps
+// (multiply-adds, or elements times their passes), and twice as many make the first region.
 constexpr int64_t kWorkPerThread = 8 * 1024;
 
 inline int threads_for(int64_t work, const Context& context) {

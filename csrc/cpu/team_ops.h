@@ -1,7 +1,7 @@
 // Ops as a part of a running team: what the composites string together inside one parallel region.
 //
-// Every thread of the team calls them with the same arguments. None waits at its end: whoever reads the result calls
-// team.barrier() first.
+// Every thread of the team calls them with the same arguments. None waits at its end: whoever reads
+// the result calls team.barrier() first.
 #pragma once
 
 #include "cpu/team.h"

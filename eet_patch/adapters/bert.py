@@ -47,7 +47,6 @@ class Plan(NamedTuple):
 class Classes(NamedTuple):
     """The host's classes of one family, by the roles they play in BertLayer."""
 
-    layer: str
     attention: type
     self_attentions: tuple[type, ...]
     cross_attentions: tuple[type, ...]
@@ -65,14 +64,11 @@ def _classes(cls: type) -> Classes:
         return tuple(c for c in found if c is not None)
 
     own = existing("SelfAttention", "SdpaSelfAttention")
-    return Classes(
-        cls.__name__,
-        *existing("Attention"),
-        own,
-        # Before 5.0 one class served both kinds of attention.
-        existing("CrossAttention") or own,
-        *existing("SelfOutput", "Intermediate", "Output"),
-    )
+    (attention,), (self_output,) = existing("Attention"), existing("SelfOutput")
+    (intermediate,), (output,) = existing("Intermediate"), existing("Output")
+    # Before 5.0 one class served both kinds of attention.
+    cross = existing("CrossAttention") or own
+    return Classes(attention, own, cross, self_output, intermediate, output)
 
 
 def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
@@ -111,21 +107,21 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         if past is not None:
             cache = kv_cache.self_attention_cache(past)
             kv_len = kv_cache.kv_length(cache, own.layer_idx, q_len)
-            if type(kv_len) is str:
+            if isinstance(kv_len, str):
                 return kv_len
         given = arguments.get("attention_mask")
         mask = host_mask(given, hidden_states, (batch, own.num_attention_heads, q_len, kv_len))
-        if type(mask) is str:
+        if isinstance(mask, str):
             return mask
         decoder = own.is_decoder if before_5 else own.is_causal
         causal = decoder and q_len > 1 and given is None and implementation != "eager"
         crop = causal and implementation == "sdpa"
         if implementation == "flash":
             causal = decoder and q_len > 1
-        cross_mask = None
+        cross_mask: HostMask | str | None = None
         if layer.is_decoder and arguments.get("encoder_hidden_states") is not None:
             cross_mask = _cross_plan(layer, arguments, classes, hidden_states)
-            if type(cross_mask) is str:
+            if isinstance(cross_mask, str):
                 return cross_mask
         return Plan(mask, kv_len, causal, crop, activation, cross_mask)
 

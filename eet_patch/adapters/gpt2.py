@@ -85,11 +85,11 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         if past is not None:
             cache = kv_cache.self_attention_cache(past)
             kv_len = kv_cache.kv_length(cache, attn.layer_idx, q_len)
-            if type(kv_len) is str:
+            if isinstance(kv_len, str):
                 return kv_len
         given = arguments.get("attention_mask")
         mask = host_mask(given, hidden_states, (batch, attn.num_heads, q_len, kv_len))
-        if type(mask) is str:
+        if isinstance(mask, str):
             return mask
         causal = crop = False
         if q_len > 1:
@@ -122,7 +122,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
                 implementation,
                 in_attention_only,
             )
-            if type(cross_mask) is str:
+            if isinstance(cross_mask, str):
                 return cross_mask
         return Plan(mask, kv_len, causal, crop, scale, activation, cross_mask)
 

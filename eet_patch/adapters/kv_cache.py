@@ -135,7 +135,9 @@ def append_in_place(layer: Any, like: Tensor, shape: tuple[int, int, int, int]) 
         What to write to, or None if the cache holds something of another shape, dtype or device.
     """
     batch, num_heads, q_len, head_dim = shape
-    past_len, keys, values = 0, None, None
+    past_len = 0
+    keys: Any = None
+    values: Any = None
     if filled(layer):
         keys, values = layer.keys, layer.values
         past_len = keys.shape[-2]
@@ -156,14 +158,14 @@ def append_in_place(layer: Any, like: Tensor, shape: tuple[int, int, int, int]) 
         except TypeError:  # before 5.0 it took the keys alone
             layer.lazy_initialization(empty)
     end = past_len + q_len
-    room = _room_of(keys) if keys is not None else None
+    room: Any = _room_of(keys) if keys is not None else None
     with _lock:
         free = (
             room is not None
             and room.taken == past_len
             and end <= room.key.shape[2]
-            and room.key.data_ptr() == keys.data_ptr()  # type: ignore[union-attr]
-            and room.value.data_ptr() == values.data_ptr()  # type: ignore[union-attr]
+            and room.key.data_ptr() == keys.data_ptr()
+            and room.value.data_ptr() == values.data_ptr()
             and room.key.is_inference() == torch.is_inference_mode_enabled()
         )
         if free:
@@ -236,7 +238,7 @@ class SelfAttentionCache:
             if self.buffers is not None:
                 self._layer, self._before = layer, before
                 return
-        extra = ()
+        extra: tuple[Any, ...] = ()
         if "cache_position" in arguments:
             extra = ({"cache_position": arguments["cache_position"]},)
 

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Builds for the GPU of this machine, runs every test on it, then memcheck and racecheck over the kernels.
+#
+#   bash integration_tests/run_gpu.sh [summary file] [directory of logs]
+#
+# Needs python3 with torch, transformers, pytest, pybind11, wrapt; nvcc and compute-sanitizer on the PATH.
+# EET_TEST_WORKERS sets the number of pytest processes where pytest-xdist is there.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+summary=${1:-gpu_tests.txt}
+logs=${2:-$(mktemp -d)}
+mkdir -p "$logs"
+summary=$(realpath -m "$summary")
+export PATH="$PATH:/usr/local/cuda/bin" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+failed=0
+
+EET_CUDA=1 EET_CUDA_ARCHS=native python3 setup.py -q build_ext --inplace > "$logs/build.log" 2>&1 \
+  || { tail -40 "$logs/build.log"; exit 1; }
+
+parallel=()
+python3 -c "import xdist" 2> /dev/null && parallel=(-n "${EET_TEST_WORKERS:-8}")
+
+# name, then the arguments of pytest
+tests() {
+  local name=$1
+  shift
+  (cd integration_tests && EET_TEST_DEVICES=cuda timeout "${EET_TEST_TIMEOUT:-300}" \
+    python3 -m pytest -q -p no:cacheprovider "${parallel[@]}" "$@" > "$logs/$name.log" 2>&1) || failed=1
+  echo "$name: $(grep -E '[0-9]+ (passed|failed|error)' "$logs/$name.log" | tail -1 | tr -d '=' | xargs)"
+  grep -E '^(FAILED|ERROR)' "$logs/$name.log" | cut -c1-200 | head -40
+}
+
+# name of the tool: the small cases that reach every kernel, in one process
+sanitizer() {
+  local log="$logs/$1.log"
+  (cd integration_tests && EET_TEST_DEVICES=cuda timeout "${EET_SANITIZE_TIMEOUT:-200}" compute-sanitizer \
+    --tool "$1" --kernel-name regex:eet_patch --error-exitcode 9 \
+    python3 -m pytest -q -p no:cacheprovider -m sanitize ops > "$log" 2>&1) || failed=1
+  echo "$1: $(grep -E 'SUMMARY' "$log" | tail -1 | tr -d '=' | xargs);" \
+    "$(grep -E '[0-9]+ (passed|failed|error)' "$log" | tail -1 | tr -d '=' | xargs)"
+}
+
+{
+  echo "GPU tests of eet_patch, commit ${EET_COMMIT:-$(git rev-parse --short HEAD 2> /dev/null || echo unknown)}"
+  python3 - << 'PY'
+import platform, torch, transformers
+from eet_patch.ops._extension import extension
+print(f"{torch.cuda.get_device_name(0)}, sm_{''.join(map(str, torch.cuda.get_device_capability(0)))}")
+print(f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}")
+print("extension:", extension().build_info())
+PY
+  tests "ops on cuda" ops
+  tests "patching and transformers on cuda" patching transformers
+  if command -v compute-sanitizer > /dev/null; then
+    sanitizer memcheck
+    sanitizer racecheck
+  else
+    echo "compute-sanitizer is not there: memcheck and racecheck not run"
+    failed=1
+  fi
+  [ "$failed" = 0 ] && echo "all passed" || echo "NOT all passed"
+} 2>&1 | tee "$summary"
+grep -qx "all passed" "$summary"
