@@ -35,7 +35,7 @@ tests() {
 sanitizer() {
   local log="$logs/$1.log"
   (cd integration_tests && EET_TEST_DEVICES=cuda timeout "${EET_SANITIZE_TIMEOUT:-200}" compute-sanitizer \
-    --tool "$1" --kernel-name regex:eet_patch --error-exitcode 9 \
+    --tool "$1" --kernel-regex kns=9eet_patch --error-exitcode 9 \
     python3 -m pytest -q -p no:cacheprovider -m sanitize ops > "$log" 2>&1) || failed=1
   echo "$1: $(grep -E 'SUMMARY' "$log" | tail -1 | tr -d '=' | xargs);" \
     "$(grep -E '[0-9]+ (passed|failed|error)' "$log" | tail -1 | tr -d '=' | xargs)"
@@ -50,8 +50,8 @@ print(f"{torch.cuda.get_device_name(0)}, sm_{''.join(map(str, torch.cuda.get_dev
 print(f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}")
 print("extension:", extension().build_info())
 PY
-  tests "ops on cuda" ops
-  tests "patching and transformers on cuda" patching transformers
+  tests ops ops
+  tests end_to_end patching transformers
   if command -v compute-sanitizer > /dev/null; then
     sanitizer memcheck
     sanitizer racecheck

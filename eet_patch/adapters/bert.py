@@ -118,11 +118,12 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         crop = causal and implementation == "sdpa"
         if implementation == "flash":
             causal = decoder and q_len > 1
-        cross_mask: HostMask | str | None = None
+        cross_mask: HostMask | None = None
         if layer.is_decoder and arguments.get("encoder_hidden_states") is not None:
-            cross_mask = _cross_plan(layer, arguments, classes, hidden_states)
-            if isinstance(cross_mask, str):
-                return cross_mask
+            cross = _cross_plan(layer, arguments, classes, hidden_states)
+            if isinstance(cross, str):
+                return cross
+            cross_mask = cross
         return Plan(mask, kv_len, causal, crop, activation, cross_mask)
 
     def forward(plan: Plan, layer: Any, arguments: dict[str, Any]) -> Any:
