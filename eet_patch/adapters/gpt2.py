@@ -51,7 +51,6 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
     module = sys.modules[cls.__module__]
     attention_cls, mlp_cls, conv_cls = module.GPT2Attention, module.GPT2MLP, module.Conv1D  # type: ignore[attr-defined]
     tuples = version_before("5.3")
-    in_attention_only = version_before("5.0")  # sdpa scaled by head_dim alone
 
     def plan(layer: Any, arguments: dict[str, Any]) -> Plan | str:
         reason = other_arguments_reason(arguments, KNOWN) or attentions_reason(arguments)
@@ -94,8 +93,8 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         causal = crop = False
         if q_len > 1:
             if implementation == "eager":
-                # Before 5.0 the eager function was causal by itself; since then the mask says so.
-                causal = in_attention_only
+                # While the attention had a causal buffer, eager applied it; later the mask does.
+                causal = "bias" in attn._buffers
             elif implementation == "sdpa":
                 # Without a mask sdpa aligns causality with the first key, and keys beyond q_len
                 # don't count.
@@ -103,24 +102,11 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
                 crop = causal
             else:
                 causal = True
-        scale = attn.head_dim**-0.5
-        if in_attention_only:
-            if implementation == "eager":
-                scale = scale if attn.scale_attn_weights else 1.0
-                if attn.scale_attn_by_inverse_layer_idx:
-                    scale /= attn.layer_idx + 1
-        else:
-            scale = attn.scaling
+        scale = _scale(attn, implementation)
         cross_mask: Any = NO_HOST_MASK
         if encoder_hidden_states is not None:
             cross_mask = _cross_plan(
-                layer,
-                arguments,
-                attention_cls,
-                conv_cls,
-                hidden_states,
-                implementation,
-                in_attention_only,
+                layer, arguments, attention_cls, conv_cls, hidden_states, implementation
             )
             if isinstance(cross_mask, str):
                 return cross_mask
@@ -173,6 +159,17 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         return (hidden_states,) if tuples else hidden_states
 
     return Adapter(plan, forward)
+
+
+def _scale(attn: Any, implementation: str) -> float:
+    """The factor of the scores. Before 5.4 only eager looked at the two options that change it."""
+    scaling = getattr(attn, "scaling", None)
+    if scaling is not None:
+        return scaling
+    if implementation != "eager":
+        return attn.head_dim**-0.5
+    scale = attn.head_dim**-0.5 if attn.scale_attn_weights else 1.0
+    return scale / (attn.layer_idx + 1) if attn.scale_attn_by_inverse_layer_idx else scale
 
 
 def _norm(module: nn.LayerNorm) -> Norm:
@@ -237,15 +234,12 @@ def _cross_plan(
     conv_cls: type,
     like: Tensor,
     implementation: str,
-    in_attention_only: bool,
 ) -> HostMask | str:
     modules = layer._modules
     if "crossattention" not in modules:
         return "the layer has no cross-attention (the original raises the error)"
     cross = modules["crossattention"]
     encoder = arguments["encoder_hidden_states"]
-    if in_attention_only and implementation == "eager":
-        return "eager cross-attention scales in its own way before transformers 5.0"
     if implementation == "eager" and cross.reorder_and_upcast_attn:
         return "reorder_and_upcast_attn is set"
     if type(encoder) is not Tensor or encoder.dtype != like.dtype or encoder.device != like.device:
@@ -301,7 +295,7 @@ def _cross_attention(
             key, value = past.cross_attention_cache.update(key, value, cross.layer_idx)
             past.is_updated[cross.layer_idx] = True
     q_attn, c_proj = modules["q_attn"]._parameters, modules["c_proj"]._parameters
-    scale = cross.head_dim**-0.5 if not hasattr(cross, "scaling") else cross.scaling
+    scale = _scale(cross, attention_implementation(cross.config))
     return launch.cross_attention_block(
         hidden_states,
         (q_attn["weight"],),

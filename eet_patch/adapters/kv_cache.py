@@ -120,7 +120,7 @@ def kv_length(cache: Any, layer_idx: int, q_len: int) -> int | str:
 
 
 def filled(layer: Any) -> bool:
-    return layer.is_initialized and layer.keys is not None and layer.keys.numel() > 0
+    return layer.keys is not None and layer.keys.numel() > 0
 
 
 def append_in_place(layer: Any, like: Tensor, shape: tuple[int, int, int, int]) -> KVCache | None:
@@ -151,7 +151,7 @@ def append_in_place(layer: Any, like: Tensor, shape: tuple[int, int, int, int]) 
                 or type(tensor) is not Tensor
             ):
                 return None
-    elif not layer.is_initialized:
+    elif layer.keys is None:
         empty = like.new_empty(batch, num_heads, 0, head_dim)
         try:
             layer.lazy_initialization(empty, empty)
@@ -232,7 +232,7 @@ class SelfAttentionCache:
         layer = dynamic_layer(cache, layer_idx)
         batch, q_len, hidden_size = like.shape
         if layer is not None and not (crop and filled(layer)):
-            before = (layer.keys, layer.values, layer.is_initialized)
+            before = {name: vars(layer).get(name) for name in ("keys", "values", "is_initialized")}
             shape = (batch, num_heads, q_len, hidden_size // num_heads)
             self.buffers = append_in_place(layer, like, shape)
             if self.buffers is not None:
@@ -262,7 +262,6 @@ class SelfAttentionCache:
         if error is None:
             return
         if self._layer is not None:
-            layer = self._layer
-            layer.keys, layer.values, layer.is_initialized = self._before
+            vars(self._layer).update(self._before)
         elif self._updated:
             error.eet_patch_committed = True

@@ -125,7 +125,9 @@ def test_multi_head_attention_packed_equals_padded(device, dtype, seq_len):
     packed = ops.multi_head_attention(
         x[~padding].contiguous(), **given, cu_seqlens=starts, max_seqlen=seq_len
     )
-    torch.testing.assert_close(padded[~padding], packed)
+    # Two kernels, each within its bound of the truth; here they only must not differ by a token.
+    tolerance = {} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(padded[~padding], packed, **tolerance)
 
 
 @layouts

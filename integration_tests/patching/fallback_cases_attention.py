@@ -108,6 +108,13 @@ def mask_of_another_type(device):
     return lambda: first(layer(x, attention_mask=mask))
 
 
+@case("the attention mask is on meta and the input on {device}")
+def mask_on_another_device(device):
+    layer, x = bert_layer(device), hidden(device)
+    mask = torch.zeros(2, 1, 1, 6, device="meta")
+    return lambda: first(layer(x, attention_mask=mask)).shape
+
+
 # --- caches --------------------------------------------------------------------------------------
 
 
@@ -276,11 +283,6 @@ def reorder_and_upcast_in_cross_attention(device):
     block.crossattention.reorder_and_upcast_attn = True
     x, encoder = hidden(device, 2, 6, 48), hidden(device, 2, 5, 48)
     return lambda: first(block(x, encoder_hidden_states=encoder))
-
-
-@case("eager cross-attention scales in its own way before transformers 5.0", "gpt2_block", "<5")
-def eager_cross_attention(device):
-    return gpt2_crossed(device, hidden(device, 2, 5, 48), attn_implementation="eager")
 
 
 # --- GPT-2's language model head -----------------------------------------------------------------

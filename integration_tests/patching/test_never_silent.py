@@ -247,9 +247,10 @@ def test_a_forward_replaced_on_a_submodules_class(monkeypatch, device, make, pat
         if when == "after":
             monkeypatch.setattr(cls, "forward", theirs)
         model(ids)
-    row = eet_patch.report()[name]
-    assert len(count) == 2, f"skipped; {row.replaced} calls replaced"
-    assert row.replaced == 0 and sum(row.fallbacks.values()) == 2
+    instances = sum(type(module) is cls for module in model.modules())
+    assert len(count) == instances, "their forward was skipped"
+    reason = f"the forward of {cls.__name__}, which fusion would skip, was replaced"
+    assert_fell_back(name, reason, calls=2)
 
 
 def test_a_subclass_of_the_model_with_layers_of_its_own():
@@ -312,7 +313,11 @@ def test_every_reason_has_a_case():
     """Each reason that stands in the source as text is the reason of a case, or of a test named
     here.
     """
-    elsewhere = (GRADIENTS, "the attention mask is on", "the attention implementation is {name!r}")
+    elsewhere = (
+        GRADIENTS,
+        "the forward of {cls.__name__}, which fusion would skip",
+        "the attention implementation is {name!r}",  # no str: no host makes one
+    )
     for module in (gates, bert, gpt2, gpt2_lm_head, host, kv_cache):
         source = inspect.getsource(module)
         for text in re.findall(r'return \(?\s*f?"([a-z][^"]* [^"]*)"', source):
