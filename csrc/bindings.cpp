@@ -382,6 +382,24 @@ int64_t ffn_workspace_bytes(int64_t rows, int64_t hidden_size, int64_t intermedi
   return EET_ON_DEVICE(ffn_workspace_bytes(args));
 }
 
+// Whether every dictionary of (dictionary, keys, values) still holds just these keys and these very
+// objects. In C++ because a layer's modules hold some 300 of them, which are compared on every
+// call.
+bool same_contents(const py::tuple& noted) {
+  for (const py::handle entry : noted) {
+    PyObject* dict = PyTuple_GET_ITEM(entry.ptr(), 0);
+    PyObject* keys = PyTuple_GET_ITEM(entry.ptr(), 1);
+    PyObject* values = PyTuple_GET_ITEM(entry.ptr(), 2);
+    if (PyDict_Size(dict) != PyTuple_GET_SIZE(keys)) return false;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(keys); ++i) {
+      PyObject* found = PyDict_GetItemWithError(dict, PyTuple_GET_ITEM(keys, i));
+      if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+      if (found != PyTuple_GET_ITEM(values, i)) return false;
+    }
+  }
+  return true;
+}
+
 // What this build holds, for `python -m eet_patch info`.
 py::dict build_info() {
   py::dict info;
@@ -445,6 +463,7 @@ PYBIND11_MODULE(_C, m) {
         A(workspace_bytes), EET_TAIL);
   m.def("ffn_workspace_bytes", &ep::ffn_workspace_bytes, A(rows), A(hidden_size),
         A(intermediate_size), A(dtype), A(device));
+  m.def("same_contents", &ep::same_contents, A(noted));
   m.def("build_info", &ep::build_info);
 #undef EET_TAIL
 #undef A

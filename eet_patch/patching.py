@@ -28,7 +28,7 @@ import torch
 import wrapt
 from packaging.requirements import Requirement
 
-from eet_patch.gates import call_reason, hidden_states_of
+from eet_patch.gates import call_reason, forget_all, hidden_states_of
 from eet_patch.ops._extension import EXTENSION, EXTENSION_ERROR
 
 
@@ -206,6 +206,7 @@ def _refresh() -> None:
         if options is None or not options.selects(patch.target):
             _uninstall(patch)
     if options is None:
+        forget_all()
         return
     if EXTENSION is None:
         for patch in _patches.values():

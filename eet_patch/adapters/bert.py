@@ -23,7 +23,7 @@ from eet_patch.adapters.host import (
     other_arguments_reason,
     version_before,
 )
-from eet_patch.gates import submodule_reason
+from eet_patch.gates import note_sound, still_sound, submodule_reason
 from eet_patch.ops import launch
 from eet_patch.ops.attention import MAX_HEAD_DIM
 from eet_patch.ops.launch import Norm
@@ -91,10 +91,12 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
             modules["output"],
         )
         batch, q_len, _ = hidden_states.shape
-        reason = _attention_reason(attention, classes, classes.self_attentions, hidden_states)
-        reason = reason or _feed_forward_reason(intermediate, output, classes, hidden_states)
-        if reason is not None:
-            return reason
+        if not still_sound(layer, hidden_states):
+            reason = _attention_reason(attention, classes, classes.self_attentions, hidden_states)
+            reason = reason or _feed_forward_reason(intermediate, output, classes, hidden_states)
+            if reason is not None:
+                return reason
+            note_sound(layer, hidden_states)
         own = attention._modules["self"]
         activation = activation_of(intermediate.intermediate_act_fn)
         if activation is None:

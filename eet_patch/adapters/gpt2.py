@@ -25,7 +25,7 @@ from eet_patch.adapters.host import (
     other_arguments_reason,
     version_before,
 )
-from eet_patch.gates import submodule_reason
+from eet_patch.gates import note_sound, still_sound, submodule_reason
 from eet_patch.ops import launch
 from eet_patch.ops.attention import MAX_HEAD_DIM
 from eet_patch.ops.launch import Norm
@@ -63,15 +63,17 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         if hidden_states.dim() != 3:
             return f"the input has {hidden_states.dim()} dimensions"
         batch, q_len, hidden_size = hidden_states.shape
-        reason = (
-            submodule_reason(attn, attention_cls, is_recording_hook)
-            or _attention_reason(attn, conv_cls, hidden_states, 3)
-            or submodule_reason(mlp, mlp_cls)
-            or _mlp_reason(mlp, conv_cls, hidden_states)
-            or _norms_reason(hidden_states, ln_1, ln_2)
-        )
-        if reason is not None:
-            return reason
+        if not still_sound(layer, hidden_states):
+            reason = (
+                submodule_reason(attn, attention_cls, is_recording_hook)
+                or _attention_reason(attn, conv_cls, hidden_states, 3)
+                or submodule_reason(mlp, mlp_cls)
+                or _mlp_reason(mlp, conv_cls, hidden_states)
+                or _norms_reason(hidden_states, ln_1, ln_2)
+            )
+            if reason is not None:
+                return reason
+            note_sound(layer, hidden_states)
         activation = activation_of(mlp.act)
         if activation is None:
             return f"there is no kernel for the activation {type(mlp.act).__name__}"
