@@ -134,15 +134,18 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         own, dense, norm = _parts(attention)
         query, key, value = (own._modules[n]._parameters for n in ("query", "key", "value"))
         hidden_states = arguments["hidden_states"]
-        held = kv_cache.SelfAttentionCache(
-            arguments.get("past_key_values"),
-            own.layer_idx,
-            hidden_states,
-            own.num_attention_heads,
-            arguments,
-            plan.kv_len,
-            plan.crop,
-        )
+        past = arguments.get("past_key_values")
+        held: Any = kv_cache.NO_CACHE
+        if past is not None:
+            held = kv_cache.SelfAttentionCache(
+                past,
+                own.layer_idx,
+                hidden_states,
+                own.num_attention_heads,
+                arguments,
+                plan.kv_len,
+                plan.crop,
+            )
         with held:
             hidden_states = launch.attention_block(
                 hidden_states,
@@ -155,6 +158,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
                 own.attention_head_size**-0.5,
                 norm,
                 mask=plan.mask.form,
+                mask_tensor=plan.mask.for_torch,
                 causal=plan.causal,
                 cache=held.buffers,
                 update_kv=held.update_kv,

@@ -120,15 +120,17 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         hidden_states = arguments["hidden_states"]
         past = arguments.get("past_key_values")
         c_attn, c_proj = attn._modules["c_attn"]._parameters, attn._modules["c_proj"]._parameters
-        held = kv_cache.SelfAttentionCache(
-            past,
-            attn.layer_idx,
-            hidden_states,
-            attn.num_heads,
-            arguments,
-            plan.kv_len,
-            plan.crop,
-        )
+        held: Any = kv_cache.NO_CACHE
+        if past is not None:
+            held = kv_cache.SelfAttentionCache(
+                past,
+                attn.layer_idx,
+                hidden_states,
+                attn.num_heads,
+                arguments,
+                plan.kv_len,
+                plan.crop,
+            )
         with held:
             hidden_states = launch.attention_block(
                 hidden_states,
@@ -141,6 +143,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
                 plan.scale,
                 _norm(modules["ln_1"]),
                 mask=plan.mask.form,
+                mask_tensor=plan.mask.for_torch,
                 causal=plan.causal,
                 cache=held.buffers,
                 update_kv=held.update_kv,

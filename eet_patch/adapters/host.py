@@ -95,10 +95,10 @@ def attention_implementation(config: Any) -> str:
         return "eager"
     if not isinstance(name, str):
         return f"the attention implementation is {name!r}"
-    functions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS  # type: ignore[attr-defined]
-    function = functions.get(name) if name in functions else None
-    if name == "sdpa" and function is not None:
-        if function.__module__ == "transformers.integrations.sdpa_attention":
+    if name == "sdpa":
+        functions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS  # type: ignore[attr-defined]
+        # One look-up: these interfaces are slow mappings, and this stands in every call.
+        if functions[name].__module__ == "transformers.integrations.sdpa_attention":
             return "sdpa"
         return "the sdpa attention function was replaced"
     if name.startswith(FLASH_PREFIX):
@@ -111,6 +111,11 @@ class HostMask(NamedTuple):
 
     form: Mask
     tensor: Tensor | None
+
+    @property
+    def for_torch(self) -> Tensor | None:
+        """The tensor, in a form that torch's attention takes."""
+        return self.tensor if self.tensor is not None and self.tensor.dim() == 4 else None
 
 
 NO_HOST_MASK = HostMask(NO_MASK, None)

@@ -199,6 +199,21 @@ def kept_reason(past: Any, layer_idx: int, like: Tensor, kv_len: int, head_dim: 
     return None
 
 
+class NoCache:
+    """Stands for a SelfAttentionCache where the layer has none."""
+
+    buffers = update_kv = None
+
+    def __enter__(self) -> NoCache:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        pass
+
+
+NO_CACHE = NoCache()
+
+
 class SelfAttentionCache:
     """A layer's part of a host's cache while the layer runs: `buffers` to write to, or `update_kv`.
 
@@ -226,8 +241,6 @@ class SelfAttentionCache:
         self.update_kv: UpdateKV | None = None
         self._layer = None
         self._updated = False
-        if past_key_values is None:
-            return
         cache = self_attention_cache(past_key_values)
         layer = dynamic_layer(cache, layer_idx)
         batch, q_len, hidden_size = like.shape

@@ -133,6 +133,33 @@ def torch_linear(
     return torch.addmm(bias, hidden_states, weight)
 
 
+# From here on torch's flash and memory-efficient attention were measured faster than our
+# tensor-core kernel (H200, fp16: 69 us against 148 at batch 32, 12 heads, 512 tokens of 64).
+MIN_TORCH_ATTENTION_LEN = 256
+
+
+def _torch_attends(
+    query: Tensor,
+    key: Tensor,
+    mask: Mask,
+    causal: bool,
+    kv_start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask_tensor: Tensor | None,
+) -> bool:
+    """Whether torch's attention is faster here and means the same."""
+    if query.device.type != "cuda" or query.dtype == torch.float32 or cu_seqlens is not None:
+        return False
+    if query.shape[2] < MIN_TORCH_ATTENTION_LEN or kv_start is not None:
+        return False
+    if key.shape[2] == 0 or (mask is not NO_MASK and mask_tensor is None):
+        return False
+    if mask_tensor is not None and mask_tensor.dtype not in (torch.bool, query.dtype):
+        return False
+    # torch's causality starts at the first key, and it takes no mask beside it.
+    return not causal or (mask_tensor is None and query.shape[2] == key.shape[2])
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -143,12 +170,24 @@ def attention(
     kv_start: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
+    mask_tensor: Tensor | None = None,
 ) -> Tensor:
     """query (batch, num_heads, q_len, head_dim), key and value (batch, num_kv_heads, kv_len,
     head_dim), any strides but a contiguous last dimension; returns (batch, q_len, num_heads,
     head_dim), contiguous. Packed (cu_seqlens given): (total_tokens, num_heads, head_dim) in and
     out.
     """
+    if _torch_attends(query, key, mask, causal, kv_start, cu_seqlens, mask_tensor):
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask_tensor,
+            is_causal=causal,
+            scale=softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return context.transpose(1, 2).contiguous()
     if cu_seqlens is None:
         batch, num_heads, q_len, head_dim = query.shape
         num_kv_heads, kv_len = key.shape[1], key.shape[2]
@@ -218,10 +257,12 @@ def attention_block(
     update_kv: UpdateKV | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
+    mask_tensor: Tensor | None = None,
 ) -> Tensor:
     """Self-attention with its norm, projections and residual; hidden_states (batch, q_len,
     hidden_size) contiguous, or (total_tokens, hidden_size) when packed. `cache` is written in
-    place; `update_kv` hands the new keys and values to somebody else's cache instead.
+    place; `update_kv` hands the new keys and values to somebody else's cache instead. `mask_tensor`
+    is the bool or additive tensor behind `mask`, where torch's own attention may have it.
     """
     if cu_seqlens is None:
         batch, q_len, hidden_size = hidden_states.shape
@@ -271,7 +312,16 @@ def attention_block(
     else:
         query, key, value = (t.unflatten(1, (num_heads, head_dim)) for t in (query, key, value))
     context = attention(
-        query, key, value, mask, causal, softmax_scale, kv_start, cu_seqlens, max_seqlen
+        query,
+        key,
+        value,
+        mask,
+        causal,
+        softmax_scale,
+        kv_start,
+        cu_seqlens,
+        max_seqlen,
+        mask_tensor,
     )
     out = project_out(
         context.view(rows, hidden_size),

@@ -52,6 +52,22 @@ def test_real_widths(device, dtype, hidden_size, heads):
     compare(gpt2, lambda m: m(**inputs).logits, "gpt2_block", keep=inputs["attention_mask"])
 
 
+# Long enough that on CUDA torch's own attention takes over in half precision.
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_long_sequences(device, dtype, implementation):
+    sizes = {"max_position_embeddings": 320, "num_hidden_layers": 1}
+    bert = tiny_bert("bert", device, dtype, attn_implementation=implementation, **sizes)
+    inputs = batch_of("right", device, (300, 120))
+    compare(
+        bert, lambda m: m(**inputs).last_hidden_state, "bert_layer", keep=inputs["attention_mask"]
+    )
+    gpt2 = tiny_gpt2(device, dtype, attn_implementation=implementation, n_positions=320, n_layer=1)
+    for side in ("left", "none"):
+        inputs = batch_of(side, device, (300, 120) if side == "left" else (300, 300))
+        keep = inputs["attention_mask"]
+        compare(gpt2, lambda m, i=inputs: m(**i).logits, "gpt2_block", keep=keep)
+
+
 def test_the_bound_sees_a_small_error():
     """The helper itself: an error of 2 % in one layer's output breaks the bound."""
     model = tiny_bert()

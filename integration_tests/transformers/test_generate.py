@@ -14,6 +14,7 @@ from helpers import (
     tiny_gpt2,
     token_ids,
 )
+from packaging.version import Version
 from transformers import DynamicCache, StaticCache
 
 import eet_patch
@@ -248,6 +249,8 @@ def test_one_prefill_and_many_continuations(device):
 def test_offloaded_cache(device):
     if device.type != "cuda":
         pytest.skip("offloading needs CUDA streams")
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("this host prefetches a layer before its copy to the CPU has ended")
     assert_equal_tokens(
         tiny_gpt2(device), inputs_of("left", device), cache_implementation="offloaded"
     )
