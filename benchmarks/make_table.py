@@ -96,7 +96,22 @@ def fill_in(text: str) -> str:
         tables = "\n".join(table(rows) for rows in load(case, stem or "*"))
         return f"{match[1]}{tables or 'Not measured yet.' + chr(10)}{match[3]}"
 
+    text = re.sub(
+        r"(<!-- targets -->\n).*?(<!-- /targets -->)",
+        lambda match: f"{match[1]}{targets()}{match[2]}",
+        text,
+        flags=re.S,
+    )
     return MARKER.sub(replace, text)
+
+
+def targets() -> str:
+    """The table of what is replaced, from TARGETS itself."""
+    from eet_patch.targets import TARGETS
+
+    rows = ["| name | replaced | versions |", "|---|---|---|"]
+    rows += [f"| {t.name} | `{t.attribute}` of `{t.module}` | {t.requires} |" for t in TARGETS]
+    return "\n".join(rows) + "\n"
 
 
 def main() -> int:
