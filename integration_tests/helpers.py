@@ -261,18 +261,27 @@ def assert_same_tokens(model, prompt_length, own, out, **forward):
 # --- other processes -----------------------------------------------------------------------------
 
 
+def in_place():
+    """The repository, if eet_patch was built there and is not installed."""
+    return (
+        [str(REPOSITORY)]
+        if Path(eet_patch.__file__).is_relative_to(REPOSITORY / "eet_patch")
+        else []
+    )
+
+
 def run_python(code, *args, check=True, **environment):
     """Runs Python code in a fresh interpreter and returns the finished process."""
     env = dict(os.environ, OMP_NUM_THREADS="2", **environment)
-    paths = [str(REPOSITORY), str(REPOSITORY / "integration_tests"), env.get("PYTHONPATH", "")]
-    env["PYTHONPATH"] = os.pathsep.join(path for path in reversed(paths) if path)
+    paths = [env.get("PYTHONPATH", ""), str(REPOSITORY / "integration_tests"), *in_place()]
+    env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *args],
         capture_output=True,
         text=True,
         timeout=300,
         env=env,
-        cwd=str(REPOSITORY),
+        cwd=str(REPOSITORY / "integration_tests"),  # the sources would hide an installed eet_patch
     )
     if check:
         assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"

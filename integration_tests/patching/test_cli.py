@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 import transformers
-from helpers import REPOSITORY
+from helpers import REPOSITORY, in_place
 
 import eet_patch
 from eet_patch.cli import main
@@ -40,7 +40,7 @@ def folder(tmp_path):
 
 def command(*args, cwd):
     env = dict(os.environ, OMP_NUM_THREADS="2")
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(REPOSITORY)]))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), *in_place()]))
     return subprocess.run(
         [sys.executable, "-m", "eet_patch", *args],
         capture_output=True,
@@ -71,7 +71,14 @@ def test_run_a_script(folder):
 
 
 def test_run_a_script_from_elsewhere_without_report(folder):
-    done = command("run", str(folder / "script.py"), "--report", "-m", "x", cwd=REPOSITORY)
+    done = command(
+        "run",
+        str(folder / "script.py"),
+        "--report",
+        "-m",
+        "x",
+        cwd=REPOSITORY / "integration_tests",
+    )
     assert (done.returncode, done.stdout) == (0, "said 42 True\n")
     assert "eet_patch is" not in done.stderr
 
