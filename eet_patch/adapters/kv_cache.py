@@ -87,8 +87,14 @@ def dynamic_layer(cache: Any, layer_idx: int) -> Any:
     ):
         return None
     layers = cache.layers
-    if cache.offloading or layer_idx is None or layer_idx >= len(layers):
+    if cache.offloading or layer_idx is None:
         return None
+    if layer_idx >= len(layers):
+        made = cache.layer_class_to_replicate
+        if getattr(made, "__name__", None) != "DynamicLayer":
+            return None
+        while len(layers) <= layer_idx:  # as `update` does
+            layers.append(made())
     layer = layers[layer_idx]
     if type(layer).__name__ != "DynamicLayer" or "update" in vars(layer):
         return None
