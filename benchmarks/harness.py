@@ -308,12 +308,20 @@ def slug(device: str) -> str:
 
 
 def current_commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    """Commit of the sources, `-dirty` if they differ from it; EET_COMMIT names a bare copy's."""
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        head = git("rev-parse", "--short", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS}")
     except (OSError, subprocess.CalledProcessError):
-        return ""  # a copy without its history
-    return done.stdout.strip()
+        return os.environ.get("EET_COMMIT", "")
+    return head + ("-dirty" if changed else "")
+
+
+def git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def number(value: float | None) -> str:
