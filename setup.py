@@ -174,7 +174,8 @@ class BuildExtension(build_ext):
         bindings = [*cxx, *CXX_FLAGS, *include, *python, *cuda]
         if nvcc:
             bindings += [f"-I{path}" for path in cuda_include_dirs(nvcc)]
-        add(CSRC / "bindings.cpp", "py" + ("_cuda" if nvcc else ""), bindings)
+        for source in sorted(CSRC.glob("bindings*.cpp")):
+            add(source, "py" + ("_cuda" if nvcc else ""), bindings)
 
         headers = [p for pattern in ("*.h", "*.cuh") for p in CSRC.rglob(pattern)]
         newest_header = max(p.stat().st_mtime for p in [*headers, ROOT / "setup.py"])

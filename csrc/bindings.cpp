@@ -2,139 +2,11 @@
 // elements) arrive checked by eet_patch/ops; `device` is -1 for the CPU or a CUDA ordinal. The GIL
 // is released around the work.
 #include <pthread.h>
-#include <pybind11/pybind11.h>
 
-#include <atomic>
-#include <cstdint>
-#include <stdexcept>
-#include <string>
-#include <tuple>
-
-#include "ops.h"
-
-#ifdef EET_WITH_CUDA
-#include <cuda_runtime.h>
-#endif
-
-namespace py = pybind11;
+#include "bindings_common.h"
 
 namespace eet_patch {
 namespace {
-
-using Address = uintptr_t;
-using Triple = std::tuple<int64_t, int64_t, int64_t>;
-using AddressTriple = std::tuple<Address, Address, Address>;
-// address, kind, batch stride, head stride, query stride, key stride
-using MaskTuple = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t>;
-
-void* ptr(Address address) { return reinterpret_cast<void*>(address); }
-const int64_t* index_ptr(Address address) { return reinterpret_cast<const int64_t*>(address); }
-
-HeadStrides strides(const Triple& t) { return {std::get<0>(t), std::get<1>(t), std::get<2>(t)}; }
-
-AttentionMask attention_mask(const MaskTuple& t) {
-  AttentionMask mask;
-  mask.data = ptr(std::get<0>(t));
-  mask.kind = static_cast<MaskKind>(std::get<1>(t));
-  mask.batch_stride = std::get<2>(t);
-  mask.head_stride = std::get<3>(t);
-  mask.query_stride = std::get<4>(t);
-  mask.key_stride = std::get<5>(t);
-  return mask;
-}
-
-void fill(const void* (&to)[3], const AddressTriple& from) {
-  to[0] = ptr(std::get<0>(from));
-  to[1] = ptr(std::get<1>(from));
-  to[2] = ptr(std::get<2>(from));
-}
-
-void raise(const char* op, const Status& status) {
-  if (status.ok()) return;
-  const std::string name = std::string("eet_patch.") + op + ": ";
-  if (status.code == Status::kBadIndex)
-    throw py::index_error(name + "index out of range of its table");
-  if (status.code == Status::kUnsupported) {
-    throw py::value_error(name + "these sizes are not supported on this device");
-  }
-#ifdef EET_WITH_CUDA
-  const auto error = static_cast<cudaError_t>(status.code);
-  throw std::runtime_error(name + "CUDA error " + std::to_string(status.code) + " (" +
-                           cudaGetErrorName(error) + "): " + cudaGetErrorString(error));
-#else
-  throw std::runtime_error(name + "failed with code " + std::to_string(status.code));
-#endif
-}
-
-// Selects `device` for the launch and puts the caller's choice back.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-#ifdef EET_WITH_CUDA
-    if (device < 0) return;
-    error_ = cudaGetDevice(&previous_);
-    if (error_ == cudaSuccess && previous_ != device) {
-      error_ = cudaSetDevice(device);
-      changed_ = error_ == cudaSuccess;
-    }
-#else
-    (void)device;
-#endif
-  }
-  ~DeviceGuard() {
-#ifdef EET_WITH_CUDA
-    if (changed_) cudaSetDevice(previous_);
-#endif
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  int error() const { return error_; }
-
- private:
-#ifdef EET_WITH_CUDA
-  cudaError_t error_ = cudaSuccess;
-  int previous_ = 0;
-  bool changed_ = false;
-#else
-  int error_ = 0;
-#endif
-};
-
-// The OpenMP threads of a process don't exist in a child that it forked, and a parallel region
-// there would wait for them for ever: a forked child computes on one thread.
-std::atomic<bool> in_forked_child{false};
-
-template <typename Args>
-using Op = Status (*)(const Args&, const Context&);
-
-template <typename Args>
-void run(const char* name, Op<Args> on_cpu, Op<Args> on_cuda, const Args& args, int device,
-         Address stream, int num_threads) {
-  Status status;
-  {
-    py::gil_scoped_release release;
-    const Context context{ptr(stream), in_forked_child ? 1 : num_threads};
-    if (device < 0) {
-      status = on_cpu(args, context);
-    } else if (on_cuda == nullptr) {
-      status.code = Status::kUnsupported;
-    } else {
-      const DeviceGuard guard(device);
-      status.code = guard.error();
-      if (status.ok()) status = on_cuda(args, context);
-    }
-  }
-  raise(name, status);
-}
-
-#ifdef EET_WITH_CUDA
-#define EET_CUDA_OP(op) &cuda::op
-#define EET_ON_DEVICE(call) (device < 0 ? cpu::call : cuda::call)
-#else
-#define EET_CUDA_OP(op) static_cast<decltype(&cpu::op)>(nullptr)
-#define EET_ON_DEVICE(call) (cpu::call)
-#endif
-#define EET_RUN(op) run(#op, &cpu::op, EET_CUDA_OP(op), args, device, stream, num_threads)
 
 void embedding(Address out, Address word_weight, Address position_weight, Address token_type_weight,
                Address input_ids, Address position_ids, Address token_type_ids, Address norm_weight,
@@ -463,6 +335,8 @@ PYBIND11_MODULE(_C, m) {
         A(workspace_bytes), EET_TAIL);
   m.def("ffn_workspace_bytes", &ep::ffn_workspace_bytes, A(rows), A(hidden_size),
         A(intermediate_size), A(dtype), A(device));
+  ep::bind_decode(m);
+  ep::bind_select(m);
   m.def("same_contents", &ep::same_contents, A(noted));
   m.def("build_info", &ep::build_info);
 #undef EET_TAIL

@@ -175,6 +175,105 @@ struct FfnArgs {
   int64_t workspace_bytes;
 };
 
+// The parameters and the cache of one pre-norm layer whose attention has as many key as query
+// heads; what the layer lacks is null.
+struct DecodeLayer {
+  const void *norm1_weight, *norm1_bias;
+  const void* qkv_weight[3];  // one (hidden, 3 * hidden) in_out / (3 * hidden, hidden), or three
+  const void* qkv_bias[3];
+  const void *out_weight, *out_bias;
+  const void *norm2_weight, *norm2_bias;
+  const void *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
+  void *key_cache, *value_cache;  // (cache rows, num_heads, capacity, head_dim), strides of the op
+  double softmax_scale;
+};
+
+// All layers of one decode step: one new token a row goes through `num_layers` pre-norm layers
+//   x += out(attention(LN1(x)));  x += fc2(activation(fc1(LN2(x))))
+// What changes from step to step lies on the device, so that a captured call serves every step.
+// Row r's key and value go to position lengths[r] of its cache row (cache_rows[r], or r where that
+// is null); its query sees the positions kv_start[r] (0 where null) .. lengths[r]. With `key_rows`
+// position p of row r is read from cache row key_rows[r * capacity + p] instead (beams that share
+// their past); entry lengths[r] need not be set. out may alias hidden_states.
+struct DecodeLayersArgs {
+  void* out;
+  const void* hidden_states;         // (rows, hidden_size)
+  const DecodeLayer* layers;         // num_layers of them, on the host; read during the call
+  const DecodeLayer* device_layers;  // CUDA: the same on the device, read when the work runs
+  const int32_t* lengths;            // (rows,) keys already there, < capacity
+  const int32_t* kv_start;           // (rows,) or null
+  const int32_t* cache_rows;         // (rows,) or null
+  const int32_t* key_rows;           // (rows, capacity) or null
+  HeadStrides cache_strides;         // of every layer's keys and values
+  int64_t capacity;
+  int64_t max_kv_len;  // no length reaches this; <= capacity
+  int64_t rows, num_layers, num_heads, head_dim, intermediate_size;
+  int num_qkv_weights;  // 1 or 3
+  bool in_out;
+  float norm_eps;
+  Activation activation;
+  DType dtype;
+  void* workspace;  // decode_layers_workspace_bytes(args) bytes, zero before its first use; one
+                    // call at a time
+  int64_t workspace_bytes;
+};
+
+// The next token of every row, from the logits of its last one; what the loop needs of it goes on
+// to the step's own buffers. Scores are the logits in float, then, in this order and each only
+// where set: repetition penalty over the tokens in `seen`; tokens suppressed; eos suppressed while
+// the length (with the new token not yet counted) is below min_len; temperature; top_k (ties of the
+// k-th stay); top_p (Holtzman et al. 2019, arXiv:1904.09751); min_p. Greedy takes the largest score
+// (the lowest token of equal ones); sampling takes the largest softmax(scores) / noise, so that
+// exponential noise draws from the distribution. A finished row gets pad_token_id; a row whose
+// token is one of eos_token_ids is finished from then on. Row r stands for slot slots[r] (r where
+// null) of tokens, seen, finished and noise.
+struct SelectTokenArgs {
+  const void* logits;  // (rows, vocab_size), rows logits_stride apart
+  int64_t logits_stride;
+  const int32_t* slots;       // (rows,) or null
+  int64_t* tokens;            // (num_slots, >= length + 2), rows tokens_stride apart: the new token
+  int64_t tokens_stride;      //   goes to position lengths[r] + 1
+  int64_t* input_ids;         // (rows,): the new token
+  int64_t* position_ids;      // (rows,): + 1
+  int32_t* lengths;           // (rows,): + 1
+  uint8_t* finished;          // (num_slots,) 0 or 1
+  int32_t* unfinished_count;  // how many rows are not finished is counted down here
+  uint32_t* seen;             // (num_slots, ceil(vocab_size / 32)) a bit a token, or null; the new
+                              // token's bit is set
+  const int64_t* eos_token_ids;      // (num_eos,)
+  const int64_t* suppressed_tokens;  // (num_suppressed,)
+  const float* noise;                // (num_slots, vocab_size) > 0: sample; null: greedy
+  int64_t rows, vocab_size, num_eos, num_suppressed, pad_token_id, min_len, top_k;  // top_k 0: off
+  float repetition_penalty, temperature, top_p, min_p;  // 1, 1, 1 and 0: off
+  DType dtype;
+  void* workspace;  // select_token_workspace_bytes(args) bytes, zero before its first use; one call
+                    // at a time
+  int64_t workspace_bytes;
+};
+
+// The `count` best continuations of every row (a beam): log softmax of its logits, then repetition
+// penalty, suppressed tokens and min_len on that as in select_token, plus row_scores[r]; largest
+// first, of equal ones the lowest token first. Row r stands for slot slots[r] (r where null) of
+// seen.
+struct TopCandidatesArgs {
+  float* scores;       // (rows, count)
+  int32_t* tokens;     // (rows, count)
+  const void* logits;  // (rows, vocab_size), rows logits_stride apart
+  int64_t logits_stride;
+  const float* row_scores;           // (rows,) or null
+  const int32_t* slots;              // (rows,) or null
+  const int32_t* lengths;            // (rows,), as of select_token; read with min_len
+  const uint32_t* seen;              // (num_slots, ceil(vocab_size / 32)) a bit a token, or null
+  const int64_t* eos_token_ids;      // (num_eos,)
+  const int64_t* suppressed_tokens;  // (num_suppressed,)
+  int64_t rows, vocab_size, num_eos, num_suppressed, min_len, count;
+  float repetition_penalty;  // 1: off
+  DType dtype;
+  void* workspace;  // top_candidates_workspace_bytes(args) bytes, as of select_token
+  int64_t workspace_bytes;
+};
+constexpr int64_t kMaxCandidates = 64;  // of a row
+
 #define EET_DECLARE_OPS                                                                          \
   Status embedding(const EmbeddingArgs& args, const Context& context);                           \
   Status layernorm(const LayerNormArgs& args, const Context& context);                           \
@@ -184,9 +283,11 @@ struct FfnArgs {
   Status attention(const AttentionArgs& args, const Context& context);                           \
   Status attention_block(const AttentionBlockArgs& args, const Context& context);                \
   Status ffn(const FfnArgs& args, const Context& context);                                       \
+  Status decode_layers(const DecodeLayersArgs& args, const Context& context);                    \
   int64_t attention_workspace_bytes(const AttentionArgs& args);                                  \
   int64_t attention_block_workspace_bytes(const AttentionBlockArgs& args);                       \
-  int64_t ffn_workspace_bytes(const FfnArgs& args);
+  int64_t ffn_workspace_bytes(const FfnArgs& args);                                              \
+  int64_t decode_layers_workspace_bytes(const DecodeLayersArgs& args);
 
 namespace cpu {
 EET_DECLARE_OPS
@@ -196,6 +297,11 @@ const char* capability();  // "avx512", "avx2" or "portable": what the dispatch 
 
 namespace cuda {
 EET_DECLARE_OPS
+// On the CPU these are torch's (eet_patch/ops/selection.py).
+Status select_token(const SelectTokenArgs& args, const Context& context);
+Status top_candidates(const TopCandidatesArgs& args, const Context& context);
+int64_t select_token_workspace_bytes(const SelectTokenArgs& args);
+int64_t top_candidates_workspace_bytes(const TopCandidatesArgs& args);
 }  // namespace cuda
 
 #undef EET_DECLARE_OPS

@@ -122,6 +122,12 @@ _hooked_modules: set[str] = set()
 _explicit: Options | None = None
 _scopes: list[tuple[object, Options]] = []
 _warned: set[str] = set()
+_at_disable: list[Callable[[], None]] = [forget_all]
+
+
+def at_disable(callback: Callable[[], None]) -> None:
+    """Has `callback` called whenever the patch is no longer in force, to free what it holds."""
+    _at_disable.append(callback)
 
 
 def warn_once(key: str, message: str) -> None:
@@ -206,7 +212,8 @@ def _refresh() -> None:
         if options is None or not options.selects(patch.target):
             _uninstall(patch)
     if options is None:
-        forget_all()
+        for callback in _at_disable:
+            callback()
         return
     if EXTENSION is None:
         for patch in _patches.values():

@@ -4,7 +4,7 @@ shape is one row.
 
 from __future__ import annotations
 
-from eet_patch.adapters import bert, gpt2, gpt2_lm_head
+from eet_patch.adapters import bert, gpt2, gpt2_lm_head, gpt2_sample
 from eet_patch.patching import PatchTarget
 
 TRANSFORMERS = "transformers>=4.56,<5.24"
@@ -46,5 +46,12 @@ TARGETS: tuple[PatchTarget, ...] = (
         attribute="GPT2LMHeadModel.forward",
         requires=TRANSFORMERS,
         adapter=gpt2_lm_head.adapter,
+    ),
+    PatchTarget(
+        name="gpt2_sample",
+        module="transformers.models.gpt2.modeling_gpt2",
+        attribute="GPT2LMHeadModel._sample",
+        requires=TRANSFORMERS,
+        adapter=gpt2_sample.adapter,
     ),
 )

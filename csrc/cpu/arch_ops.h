@@ -22,8 +22,10 @@ namespace cpu {
   Status attention(const AttentionArgs& args, const Context& context);                           \
   Status attention_block(const AttentionBlockArgs& args, const Context& context);                \
   Status ffn(const FfnArgs& args, const Context& context);                                       \
+  Status decode_layers(const DecodeLayersArgs& args, const Context& context);                    \
   int64_t attention_block_workspace_bytes(const AttentionBlockArgs& args);                       \
   int64_t ffn_workspace_bytes(const FfnArgs& args);                                              \
+  int64_t decode_layers_workspace_bytes(const DecodeLayersArgs& args);                           \
   }
 
 #if defined(__x86_64__) || defined(_M_X64)

@@ -19,15 +19,18 @@ struct OpTable {
   Status (*attention)(const AttentionArgs&, const Context&);
   Status (*attention_block)(const AttentionBlockArgs&, const Context&);
   Status (*ffn)(const FfnArgs&, const Context&);
+  Status (*decode_layers)(const DecodeLayersArgs&, const Context&);
   int64_t (*attention_block_workspace_bytes)(const AttentionBlockArgs&);
   int64_t (*ffn_workspace_bytes)(const FfnArgs&);
+  int64_t (*decode_layers_workspace_bytes)(const DecodeLayersArgs&);
 };
 
 #define EET_OP_TABLE(arch)                                                                         \
   OpTable {                                                                                        \
     #arch, arch::embedding, arch::layernorm, arch::bias_residual_layernorm, arch::bias_activation, \
-        arch::linear, arch::attention, arch::attention_block, arch::ffn,                           \
-        arch::attention_block_workspace_bytes, arch::ffn_workspace_bytes                           \
+        arch::linear, arch::attention, arch::attention_block, arch::ffn, arch::decode_layers,      \
+        arch::attention_block_workspace_bytes, arch::ffn_workspace_bytes,                          \
+        arch::decode_layers_workspace_bytes                                                        \
   }
 
 OpTable choose_table() {
@@ -98,12 +101,18 @@ Status attention_block(const AttentionBlockArgs& args, const Context& context) {
   return table().attention_block(args, context);
 }
 Status ffn(const FfnArgs& args, const Context& context) { return table().ffn(args, context); }
+Status decode_layers(const DecodeLayersArgs& args, const Context& context) {
+  return table().decode_layers(args, context);
+}
 
 int64_t attention_workspace_bytes(const AttentionArgs&) { return 0; }
 int64_t attention_block_workspace_bytes(const AttentionBlockArgs& args) {
   return table().attention_block_workspace_bytes(args);
 }
 int64_t ffn_workspace_bytes(const FfnArgs& args) { return table().ffn_workspace_bytes(args); }
+int64_t decode_layers_workspace_bytes(const DecodeLayersArgs& args) {
+  return table().decode_layers_workspace_bytes(args);
+}
 
 const char* capability() { return table().name; }
 

@@ -49,7 +49,7 @@ class Plan(NamedTuple):
 
 def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
     module = sys.modules[cls.__module__]
-    attention_cls, mlp_cls, conv_cls = module.GPT2Attention, module.GPT2MLP, module.Conv1D  # type: ignore[attr-defined]
+    attention_cls, conv_cls = module.GPT2Attention, module.Conv1D  # type: ignore[attr-defined]
     tuples = version_before("5.3")
 
     def plan(layer: Any, arguments: dict[str, Any]) -> Plan | str:
@@ -57,23 +57,15 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         if reason is not None:
             return reason
         modules = layer._modules
-        attn, mlp, ln_1, ln_2 = modules["attn"], modules["mlp"], modules["ln_1"], modules["ln_2"]
+        attn, mlp = modules["attn"], modules["mlp"]
         hidden_states = arguments["hidden_states"]
         encoder_hidden_states = arguments.get("encoder_hidden_states")
         if hidden_states.dim() != 3:
             return f"the input has {hidden_states.dim()} dimensions"
         batch, q_len, hidden_size = hidden_states.shape
-        if not still_sound(layer, hidden_states):
-            reason = (
-                submodule_reason(attn, attention_cls, is_recording_hook)
-                or _attention_reason(attn, conv_cls, hidden_states, 3)
-                or submodule_reason(mlp, mlp_cls)
-                or _mlp_reason(mlp, conv_cls, hidden_states)
-                or _norms_reason(hidden_states, ln_1, ln_2)
-            )
-            if reason is not None:
-                return reason
-            note_sound(layer, hidden_states)
+        reason = layer_reason(layer, hidden_states)
+        if reason is not None:
+            return reason
         activation = activation_of(mlp.act)
         if activation is None:
             return f"there is no kernel for the activation {type(mlp.act).__name__}"
@@ -104,7 +96,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
                 crop = causal
             else:
                 causal = True
-        scale = _scale(attn, implementation)
+        scale = softmax_scale(attn, implementation)
         cross_mask: Any = NO_HOST_MASK
         if encoder_hidden_states is not None:
             cross_mask = _cross_plan(
@@ -166,7 +158,27 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
     return Adapter(plan, forward)
 
 
-def _scale(attn: Any, implementation: str) -> float:
+def layer_reason(layer: Any, like: Tensor) -> str | None:
+    """Why the modules and parameters of a GPT2Block can't be read in place, or None."""
+    if still_sound(layer, like):
+        return None
+    module = sys.modules[type(layer).__module__]
+    attention_cls, mlp_cls, conv_cls = module.GPT2Attention, module.GPT2MLP, module.Conv1D  # type: ignore[attr-defined]
+    modules = layer._modules
+    attn, mlp, ln_1, ln_2 = modules["attn"], modules["mlp"], modules["ln_1"], modules["ln_2"]
+    reason = (
+        submodule_reason(attn, attention_cls, is_recording_hook)
+        or _attention_reason(attn, conv_cls, like, 3)
+        or submodule_reason(mlp, mlp_cls)
+        or _mlp_reason(mlp, conv_cls, like)
+        or _norms_reason(like, ln_1, ln_2)
+    )
+    if reason is None:
+        note_sound(layer, like)
+    return reason
+
+
+def softmax_scale(attn: Any, implementation: str) -> float:
     """The factor of the scores. Before 5.4 only eager looked at the two options that change it."""
     scaling = getattr(attn, "scaling", None)
     if scaling is not None:
@@ -300,7 +312,7 @@ def _cross_attention(
             key, value = past.cross_attention_cache.update(key, value, cross.layer_idx)
             past.is_updated[cross.layer_idx] = True
     q_attn, c_proj = modules["q_attn"]._parameters, modules["c_proj"]._parameters
-    scale = _scale(cross, attention_implementation(cross.config))
+    scale = softmax_scale(cross, attention_implementation(cross.config))
     return launch.cross_attention_block(
         hidden_states,
         (q_attn["weight"],),

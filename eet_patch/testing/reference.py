@@ -312,3 +312,51 @@ def _after(x: Tensor, residual, add_residual, norm, norm_weight, norm_bias, norm
     if add_residual:
         x = x + residual
     return layernorm(x, norm_weight, norm_bias, norm_eps) if norm == "post" else x
+
+
+def decode_layers(
+    hidden_states: Tensor,
+    layers: list[dict[str, Tensor]],
+    caches: list[tuple[Tensor, Tensor]],
+    lengths: Tensor,
+    num_heads: int,
+    activation: str | None,
+    norm_eps: float,
+    softmax_scale: float,
+    weight_layout: str,
+    kv_start: Tensor | None = None,
+    cache_rows: Tensor | None = None,
+    key_rows: Tensor | None = None,
+) -> Tensor:
+    """The layers one after the other, each row attended by itself; caches are written in place."""
+    rows, hidden_size = hidden_states.shape
+    head_dim = hidden_size // num_heads
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight.t() if weight_layout == "in_out" else weight, bias)
+
+    x = hidden_states
+    for layer, (key_cache, value_cache) in zip(layers, caches, strict=True):
+        normed = layernorm(x, layer["norm1_weight"], layer["norm1_bias"], norm_eps)
+        qkv = product(normed, layer["qkv_weight"], layer["qkv_bias"])
+        query, key, value = qkv.view(rows, 3, num_heads, head_dim).unbind(1)
+        context = torch.empty_like(x)
+        for row in range(rows):
+            own = row if cache_rows is None else int(cache_rows[row])
+            length = int(lengths[row])
+            start = 0 if kv_start is None else int(kv_start[row])
+            key_cache[own, :, length] = key[row]
+            value_cache[own, :, length] = value[row]
+            sources = torch.full((length + 1,), own, device=x.device)
+            if key_rows is not None:
+                sources[:length] = key_rows[row, :length]
+            at = torch.arange(length + 1, device=x.device)
+            keys = key_cache[sources, :, at][start:].transpose(0, 1)
+            values = value_cache[sources, :, at][start:].transpose(0, 1)
+            scores = (query[row][:, None] @ keys.transpose(1, 2)) * softmax_scale
+            context[row] = (scores.softmax(-1) @ values).reshape(hidden_size)
+        x = x + product(context, layer["out_weight"], layer["out_bias"])
+        normed = layernorm(x, layer["norm2_weight"], layer["norm2_bias"], norm_eps)
+        inner = activate(product(normed, layer["fc1_weight"], layer["fc1_bias"]), activation)
+        x = x + product(inner, layer["fc2_weight"], layer["fc2_bias"])
+    return x

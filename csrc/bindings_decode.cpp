@@ -1,0 +1,124 @@
+// The bound functions of decode_layers, and CUDA graphs.
+#include "bindings_common.h"
+
+namespace eet_patch {
+namespace {
+
+static_assert(sizeof(DecodeLayer) == 19 * 8, "eet_patch/ops/decode.py packs 19 fields of 8 bytes");
+
+DecodeLayersArgs decode_layers_args(Address layers, int64_t capacity, int64_t max_kv_len,
+                                    int64_t rows, int64_t num_layers, int64_t num_heads,
+                                    int64_t head_dim, int64_t intermediate_size,
+                                    int num_qkv_weights, bool in_out, int dtype) {
+  DecodeLayersArgs args = {};
+  args.layers = static_cast<const DecodeLayer*>(ptr(layers));
+  args.cache_strides = {num_heads * capacity * head_dim, capacity * head_dim, head_dim};
+  args.capacity = capacity;
+  args.max_kv_len = max_kv_len;
+  args.rows = rows;
+  args.num_layers = num_layers;
+  args.num_heads = num_heads;
+  args.head_dim = head_dim;
+  args.intermediate_size = intermediate_size;
+  args.num_qkv_weights = num_qkv_weights;
+  args.in_out = in_out;
+  args.dtype = static_cast<DType>(dtype);
+  return args;
+}
+
+void decode_layers(Address out, Address hidden_states, Address layers, Address device_layers,
+                   Address lengths, Address kv_start, Address cache_rows, Address key_rows,
+                   int64_t capacity, int64_t max_kv_len, int64_t rows, int64_t num_layers,
+                   int64_t num_heads, int64_t head_dim, int64_t intermediate_size,
+                   int num_qkv_weights, bool in_out, float norm_eps, int activation,
+                   Address workspace, int64_t workspace_bytes, int dtype, int device,
+                   Address stream, int num_threads) {
+  DecodeLayersArgs args =
+      decode_layers_args(layers, capacity, max_kv_len, rows, num_layers, num_heads, head_dim,
+                         intermediate_size, num_qkv_weights, in_out, dtype);
+  args.out = ptr(out);
+  args.hidden_states = ptr(hidden_states);
+  args.device_layers = static_cast<const DecodeLayer*>(ptr(device_layers));
+  args.lengths = static_cast<const int32_t*>(ptr(lengths));
+  args.kv_start = static_cast<const int32_t*>(ptr(kv_start));
+  args.cache_rows = static_cast<const int32_t*>(ptr(cache_rows));
+  args.key_rows = static_cast<const int32_t*>(ptr(key_rows));
+  args.norm_eps = norm_eps;
+  args.activation = static_cast<Activation>(activation);
+  args.workspace = ptr(workspace);
+  args.workspace_bytes = workspace_bytes;
+  EET_RUN(decode_layers);
+}
+
+int64_t decode_layers_workspace_bytes(Address layers, int64_t capacity, int64_t max_kv_len,
+                                      int64_t rows, int64_t num_layers, int64_t num_heads,
+                                      int64_t head_dim, int64_t intermediate_size,
+                                      int num_qkv_weights, bool in_out, int dtype, int device) {
+  const DeviceGuard guard(device);
+  const DecodeLayersArgs args =
+      decode_layers_args(layers, capacity, max_kv_len, rows, num_layers, num_heads, head_dim,
+                         intermediate_size, num_qkv_weights, in_out, dtype);
+  return EET_ON_DEVICE(decode_layers_workspace_bytes(args));
+}
+
+// CUDA graphs of launches that allocate nothing: the caller keeps the handle, and what the launches
+// read and write, alive.
+#ifdef EET_WITH_CUDA
+void graph_begin(int device, Address stream) {
+  const DeviceGuard guard(device);
+  raise("graph_begin",
+        {static_cast<int>(cudaStreamBeginCapture(static_cast<cudaStream_t>(ptr(stream)),
+                                                 cudaStreamCaptureModeThreadLocal))});
+}
+
+Address graph_end(int device, Address stream) {
+  const DeviceGuard guard(device);
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  cudaError_t error = cudaStreamEndCapture(static_cast<cudaStream_t>(ptr(stream)), &graph);
+  if (error == cudaSuccess) error = cudaGraphInstantiate(&executable, graph, 0);
+  if (graph != nullptr) cudaGraphDestroy(graph);
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  raise("graph_end", {static_cast<int>(error)});
+  return reinterpret_cast<Address>(executable);
+}
+
+void graph_launch(Address graph, int device, Address stream) {
+  cudaError_t error;
+  {
+    py::gil_scoped_release release;
+    const DeviceGuard guard(device);
+    error = cudaGraphLaunch(static_cast<cudaGraphExec_t>(ptr(graph)),
+                            static_cast<cudaStream_t>(ptr(stream)));
+  }
+  raise("graph_launch", {static_cast<int>(error)});
+}
+
+void graph_destroy(Address graph, int device) {
+  const DeviceGuard guard(device);
+  cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(ptr(graph)));
+}
+#endif
+
+}  // namespace
+
+void bind_decode(py::module_& m) {
+#define A(name) py::arg(#name)
+  m.def("decode_layers", &decode_layers, A(out), A(hidden_states), A(layers), A(device_layers),
+        A(lengths), A(kv_start), A(cache_rows), A(key_rows), A(capacity), A(max_kv_len), A(rows),
+        A(num_layers), A(num_heads), A(head_dim), A(intermediate_size), A(num_qkv_weights),
+        A(in_out), A(norm_eps), A(activation), A(workspace), A(workspace_bytes), A(dtype),
+        A(device), A(stream), A(num_threads));
+  m.def("decode_layers_workspace_bytes", &decode_layers_workspace_bytes, A(layers), A(capacity),
+        A(max_kv_len), A(rows), A(num_layers), A(num_heads), A(head_dim), A(intermediate_size),
+        A(num_qkv_weights), A(in_out), A(dtype), A(device));
+#ifdef EET_WITH_CUDA
+  m.def("graph_begin", &graph_begin, A(device), A(stream));
+  m.def("graph_end", &graph_end, A(device), A(stream));
+  m.def("graph_launch", &graph_launch, A(graph), A(device), A(stream));
+  m.def("graph_destroy", &graph_destroy, A(graph), A(device));
+#endif
+#undef A
+}
+
+}  // namespace eet_patch

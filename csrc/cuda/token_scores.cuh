@@ -1,0 +1,291 @@
+// What the ops that choose tokens share: the processed scores of a row as integers that order like
+// them, and a search by radix for the place where a row's weights, added from the largest score
+// down, reach a target.
+//
+// A candidate is (key << 32 | low word): `key` orders like the score, NaN above all as in torch,
+// and the low word makes candidates of a row distinct. 0 is no candidate.
+#pragma once
+
+#include "common/convert.cuh"
+#include "common/launch.cuh"
+#include "common/reduce.cuh"
+
+namespace eet_patch::cuda {
+
+using Candidate = unsigned long long;
+using Mass = unsigned long long;
+
+constexpr int kSelectThreads = 512;
+constexpr int kSelectWarps = kSelectThreads / kWarpSize;
+constexpr int kTokensPerThread = 8;
+// One block's share of a row. A multiple of 32, so that a warp reads one word of a bit set.
+constexpr int kTokensPerBlock = kSelectThreads * kTokensPerThread;
+constexpr int64_t kMaxVocabSize = 80 * kTokensPerBlock;
+constexpr int64_t kMaxSelectRows = 65535;  // gridDim.y
+
+// Shared memory of a block that chooses tokens.
+struct SelectShared {
+  uint32_t low[kSelectThreads], high[kSelectThreads];  // 64-bit sums, a bin a thread
+  uint32_t suppressed[kTokensPerBlock / 32];           // a bit a token of the chunk
+  Candidate smallest[kSelectWarps], largest[kSelectWarps];
+  Mass totals[kSelectWarps];
+  Candidate bin_first, bin_last;
+  Mass above_bin, bin_weight;
+  uint32_t count, offset;
+  bool is_last;
+};
+
+__device__ __forceinline__ uint32_t order_key(float score) {
+  if (score != score) return 0xffffffffu;
+  const uint32_t bits = __float_as_uint(__fadd_rn(score, 0.0f));  // -0 becomes 0: they are equal
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float score_of(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+}
+
+__device__ __forceinline__ uint32_t key_of(Candidate candidate) {
+  return static_cast<uint32_t>(candidate >> 32);
+}
+
+__device__ __forceinline__ Candidate make_candidate(uint32_t key, uint32_t low) {
+  return static_cast<Candidate>(key) << 32 | low;
+}
+
+// Among equal scores the lowest token is the largest candidate of this kind.
+__device__ __forceinline__ Candidate lowest_token_first(uint32_t key, int token) {
+  return make_candidate(key, ~static_cast<uint32_t>(token));
+}
+
+__device__ __forceinline__ int token_of_lowest_first(Candidate candidate) {
+  return static_cast<int>(~static_cast<uint32_t>(candidate));
+}
+
+// One row's logits, and what turns them into scores, in this order; what is off has a value that
+// changes nothing.
+template <typename T>
+struct RowScores {
+  const T* logits;
+  const uint32_t* seen;          // or null
+  const int64_t* eos_token_ids;  // suppressed too
+  const int64_t* suppressed_tokens;
+  int num_eos, num_suppressed, vocab_size;
+  float max_logit, log_sum;  // score = (logit - max_logit) - log_sum
+  float repetition_penalty, temperature;
+  float offset;  // added last
+};
+
+// The logits of a chunk: thread t has tokens first + t, first + t + kSelectThreads, ...
+template <typename T>
+__device__ __forceinline__ void load_logits(const RowScores<T>& row, int chunk,
+                                            float (&logits)[kTokensPerThread]) {
+#pragma unroll
+  for (int i = 0; i < kTokensPerThread; ++i) {
+    const int token = chunk * kTokensPerBlock + i * kSelectThreads + threadIdx.x;
+    logits[i] = token < row.vocab_size ? to_float(row.logits[token]) : 0.0f;
+  }
+}
+
+__device__ __forceinline__ void suppress(SelectShared& shared, int chunk, const int64_t* tokens,
+                                         int count) {
+  for (int i = threadIdx.x; i < count; i += kSelectThreads) {
+    const int64_t place = tokens[i] - int64_t(chunk) * kTokensPerBlock;
+    if (place >= 0 && place < kTokensPerBlock)
+      atomicOr(&shared.suppressed[place / 32], 1u << (place % 32));
+  }
+}
+
+// Keys of a chunk's scores, 0 past the row's end. Every thread of the block calls. No fused
+// multiply-add here or where keys are read: a score must come out the same in every kernel.
+template <typename T>
+__device__ __forceinline__ void chunk_keys(const RowScores<T>& row, int chunk,
+                                           const float (&logits)[kTokensPerThread],
+                                           SelectShared& shared,
+                                           uint32_t (&keys)[kTokensPerThread]) {
+  const bool any_suppressed = row.num_suppressed > 0 || row.num_eos > 0;
+  if (any_suppressed) {
+    __syncthreads();  // the bits of the chunk before are read
+    if (threadIdx.x < kTokensPerBlock / 32) shared.suppressed[threadIdx.x] = 0;
+    __syncthreads();
+    suppress(shared, chunk, row.suppressed_tokens, row.num_suppressed);
+    suppress(shared, chunk, row.eos_token_ids, row.num_eos);
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < kTokensPerThread; ++i) {
+    const int place = i * kSelectThreads + threadIdx.x;
+    const int token = chunk * kTokensPerBlock + place;
+    keys[i] = 0;
+    if (token >= row.vocab_size) continue;
+    float score = __fsub_rn(__fsub_rn(logits[i], row.max_logit), row.log_sum);
+    if (row.seen != nullptr && (row.seen[token / 32] >> (token % 32) & 1u)) {
+      score = score < 0.0f ? __fmul_rn(score, row.repetition_penalty)
+                           : __fdiv_rn(score, row.repetition_penalty);
+    }
+    if (any_suppressed && (shared.suppressed[place / 32] >> (place % 32) & 1u)) score = -INFINITY;
+    if (row.temperature != 1.0f) score = __fdiv_rn(score, row.temperature);
+    keys[i] = order_key(__fadd_rn(score, row.offset));
+  }
+}
+
+__device__ __forceinline__ Candidate warp_max(Candidate value) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    const Candidate other = __shfl_xor_sync(kFullMask, value, offset);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+__device__ __forceinline__ Candidate warp_min(Candidate value) { return ~warp_max(~value); }
+
+__device__ __forceinline__ Candidate block_max(Candidate value, SelectShared& shared) {
+  value = warp_max(value);
+  __syncthreads();
+  if (threadIdx.x % kWarpSize == 0) shared.largest[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  return warp_max(shared.largest[threadIdx.x % kSelectWarps]);
+}
+
+__device__ __forceinline__ Mass block_sum(Mass value, SelectShared& shared) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
+    value += __shfl_xor_sync(kFullMask, value, offset);
+  __syncthreads();
+  if (threadIdx.x % kWarpSize == 0) shared.totals[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  Mass sum = 0;
+  for (int warp = 0; warp < kSelectWarps; ++warp) sum += shared.totals[warp];
+  return sum;
+}
+
+// Sum over the block's threads from this one's value on (kDescending) or up to it, itself
+// included. The caller has a barrier between two calls.
+template <bool kDescending>
+__device__ __forceinline__ Mass block_scan(Mass value, SelectShared& shared) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+#pragma unroll
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const Mass other = kDescending ? __shfl_down_sync(kFullMask, value, offset)
+                                   : __shfl_up_sync(kFullMask, value, offset);
+    if (kDescending ? lane + offset < kWarpSize : lane >= offset) value += other;
+  }
+  if (lane == (kDescending ? 0 : kWarpSize - 1)) shared.totals[warp] = value;
+  __syncthreads();
+  for (int other = 0; other < kSelectWarps; ++other) {
+    if (kDescending ? other > warp : other < warp) value += shared.totals[other];
+  }
+  return value;
+}
+
+// Adds to a 64-bit sum kept as two words: 64-bit atomics on shared memory are loops of
+// compare-and-swap, and these are not. Sums of integers come out the same in any order.
+__device__ __forceinline__ void add_weight(uint32_t* low, uint32_t* high, Mass weight) {
+  const uint32_t addend = static_cast<uint32_t>(weight);
+  const uint32_t before = atomicAdd(low, addend);
+  const uint32_t carried = static_cast<uint32_t>(weight >> 32) + (before + addend < before);
+  if (carried != 0) atomicAdd(high, carried);
+}
+
+// The smallest candidate with less than `target` (> 0) of weight above it: of the count-th largest
+// where every weight is 1. 0 if all weights together don't reach the target. `for_each(f)` calls
+// f(candidate, weight) for this thread's share, the same each time, and may hold barriers.
+//
+// Every round spreads what lies between the smallest and the largest candidate in question over a
+// bin a thread and goes on with the bin in which the target is reached, until that holds one
+// candidate, or no more than `slack` of weight: then the result is the bin's lower end, and
+// there may be as much too much above it.
+template <typename ForEach>
+__device__ Candidate find_threshold(ForEach for_each, Mass target, Mass slack,
+                                    SelectShared& shared) {
+  Candidate first = 1, last = ~Candidate(0);
+  Mass above = 0;
+  __syncthreads();  // whoever used `shared` before has read it
+  while (true) {
+    Candidate smallest = ~Candidate(0), largest = 0;
+    for_each([&](Candidate candidate, Mass) {
+      if (candidate < first || candidate > last) return;
+      smallest = candidate < smallest ? candidate : smallest;
+      largest = candidate > largest ? candidate : largest;
+    });
+    smallest = warp_min(smallest);
+    largest = warp_max(largest);
+    if (threadIdx.x % kWarpSize == 0) {
+      shared.smallest[threadIdx.x / kWarpSize] = smallest;
+      shared.largest[threadIdx.x / kWarpSize] = largest;
+    }
+    shared.low[threadIdx.x] = shared.high[threadIdx.x] = 0;
+    __syncthreads();
+    if (threadIdx.x == 0) shared.bin_first = 0;
+    smallest = warp_min(shared.smallest[threadIdx.x % kSelectWarps]);
+    largest = warp_max(shared.largest[threadIdx.x % kSelectWarps]);
+    if (largest == 0) return 0;
+    if (largest == smallest) return smallest;
+
+    int shift = 0;
+    constexpr int kBinBits = 9;
+    static_assert(1 << kBinBits == kSelectThreads, "a bin a thread");
+    if (largest - smallest >= kSelectThreads) shift = 64 - __clzll(largest - smallest) - kBinBits;
+    for_each([&](Candidate candidate, Mass weight) {
+      if (candidate < smallest || candidate > largest) return;
+      const int bin = static_cast<int>((candidate - smallest) >> shift);
+      add_weight(&shared.low[bin], &shared.high[bin], weight);
+    });
+    __syncthreads();
+    const Mass weight = static_cast<Mass>(shared.high[threadIdx.x]) << 32 | shared.low[threadIdx.x];
+    const Mass reached = above + block_scan<true>(weight, shared);
+    if (reached >= target && reached - weight < target) {  // one thread, or none
+      const Candidate bin_first = smallest + (static_cast<Candidate>(threadIdx.x) << shift);
+      const Candidate width = Candidate(1) << shift;
+      shared.bin_first = bin_first;
+      shared.bin_last = largest - bin_first < width ? largest : bin_first + (width - 1);
+      shared.above_bin = reached - weight;
+      shared.bin_weight = weight;
+    }
+    __syncthreads();
+    first = shared.bin_first;
+    last = shared.bin_last;
+    above = shared.above_bin;
+    if (first == 0 || shift == 0 || shared.bin_weight <= slack) return first;
+  }
+}
+
+// Appends the candidates that `wanted` picks out of a thread's kTokensPerThread to a list in global
+// memory, in no order; what is past its capacity is counted and not written.
+template <typename Wanted>
+__device__ __forceinline__ void append(const Candidate (&candidates)[kTokensPerThread],
+                                       Wanted wanted, Candidate* list, uint32_t* list_size,
+                                       uint32_t capacity, SelectShared& shared) {
+  __syncthreads();
+  if (threadIdx.x == 0) shared.count = 0;
+  __syncthreads();
+  uint32_t places[kTokensPerThread];
+#pragma unroll
+  for (int i = 0; i < kTokensPerThread; ++i)
+    places[i] = wanted(candidates[i]) ? atomicAdd(&shared.count, 1u) : ~0u;
+  __syncthreads();
+  if (threadIdx.x == 0 && shared.count > 0) shared.offset = atomicAdd(list_size, shared.count);
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kTokensPerThread; ++i) {
+    if (places[i] != ~0u && shared.offset + places[i] < capacity)
+      list[shared.offset + places[i]] = candidates[i];
+  }
+}
+
+// Whether this block is the last of its row's gridDim.x to come here; it then sees what the others
+// wrote before, and has put the counter back.
+__device__ __forceinline__ bool is_last_block_of_row(uint32_t* arrivals, SelectShared& shared) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    shared.is_last = atomicAdd(arrivals, 1u) == gridDim.x - 1;
+    if (shared.is_last) *arrivals = 0;
+  }
+  __syncthreads();
+  if (shared.is_last) __threadfence();
+  return shared.is_last;
+}
+
+}  // namespace eet_patch::cuda

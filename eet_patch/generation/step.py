@@ -1,0 +1,308 @@
+"""One decode step of a decoder over fixed buffers: embedding, all layers, head, token selection.
+
+On CUDA a step is captured as a graph and replayed. Everything that changes from step to step lies
+in the buffers, so that a graph serves every step of every call with the same batch, capacity and
+selection. A step belongs to one call at a time; `pool` lends them out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eet_patch.ops import decode, selection
+from eet_patch.ops._extension import ACTIVATION_CODES, extension, place
+from eet_patch.ops.launch import address, three_addresses
+
+MAX_GRAPHS = 12  # of one step: batch sizes as it shrinks, and selections
+
+
+class DecoderModel(NamedTuple):
+    """Where a pre-norm decoder's parameters lie; the caches of `layers` are filled in by a step."""
+
+    layers: tuple[decode.DecodeLayer, ...]
+    word_weight: Tensor
+    position_weight: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor | None
+    head_weight: Tensor  # (vocab_size, hidden_size)
+    num_heads: int
+    activation: str | None
+    norm_eps: float
+    in_out: bool
+
+    @property
+    def hidden_size(self) -> int:
+        return self.word_weight.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head_weight.shape[0]
+
+    def addresses(self) -> tuple[object, ...]:
+        """What a captured step rests on: every address and number that it bakes in."""
+        tensors = (self.word_weight, self.position_weight, self.norm_weight, self.norm_bias)
+        found: list[object] = [address(tensor) for tensor in (*tensors, self.head_weight)]
+        for layer in self.layers:
+            for value in layer:
+                if isinstance(value, tuple):
+                    found += [address(tensor) for tensor in value]
+                elif isinstance(value, Tensor):
+                    found.append(value.data_ptr())
+                else:
+                    found.append(value)
+        like = self.word_weight
+        found += [like.shape, self.head_weight.shape, like.dtype, like.device]
+        found += [self.activation, self.norm_eps, self.in_out, self.num_heads]
+        return tuple(found)
+
+
+class Selection(NamedTuple):
+    """How the next token is chosen; `ops.selection.select_token` says what each means."""
+
+    sample: bool
+    repetition_penalty: float
+    suppressed_tokens: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
+    min_new_tokens: int  # counted from the first token that the step chooses
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    pad_token_id: int
+
+
+class DecodeStep:
+    """Buffers for up to `batch_size` rows of `capacity` tokens, and the graphs over them.
+
+    A row of the step stands for a slot, which is a row of the batch that the call began with; while
+    the batch is whole both are the same.
+    """
+
+    def __init__(self, model: DecoderModel, batch_size: int, capacity: int) -> None:
+        like = model.word_weight
+        device, hidden_size = like.device, model.hidden_size
+        head_dim = hidden_size // model.num_heads
+        self.batch_size, self.capacity = batch_size, capacity
+        self.addresses = model.addresses()
+        self.device, self.dtype = device, like.dtype
+        self._graphs: dict[tuple[object, ...], decode.Graph] = {}
+        self._graphs_work = device.type == "cuda"
+
+        def integers(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        cache = (batch_size, model.num_heads, capacity, head_dim)
+        # Zeros and not whatever lay there: a masked key times a weight of zero must not be a NaN.
+        self.keys = [like.new_zeros(cache) for _ in model.layers]
+        self.values = [like.new_zeros(cache) for _ in model.layers]
+        self.tokens = integers(torch.int64, batch_size, capacity + 1)
+        self.input_ids = integers(torch.int64, batch_size)
+        self.position_ids = integers(torch.int64, batch_size)
+        self.lengths = integers(torch.int32, batch_size)
+        self.kv_start = integers(torch.int32, batch_size)
+        self.slots = torch.arange(batch_size, dtype=torch.int32, device=device)
+        self.finished = integers(torch.uint8, batch_size)
+        self.unfinished_count = integers(torch.int32, 1)
+        self.hidden_states = like.new_empty(batch_size, hidden_size)
+        self.logits = like.new_empty(batch_size, model.vocab_size)
+        self.unshared_uses: list[int] = []  # of the caches' storages, for the pool
+        self.seen: Tensor | None = None
+        self.noise: Tensor | None = None
+        self.eos_token_ids: Tensor | None = None
+        self.suppressed_tokens: Tensor | None = None
+        self.min_len = 0
+        self._table = decode.pack_layers(
+            [
+                layer._replace(key_cache=key, value_cache=value)
+                for layer, key, value in zip(model.layers, self.keys, self.values, strict=True)
+            ],
+            model.in_out,
+        )
+        self._workspace = decode.decode_layers_workspace(self._table, like, batch_size)
+        self._selection_workspace = selection.select_token_workspace(self.logits)
+
+    def nbytes(self) -> int:
+        return sum(
+            tensor.nbytes
+            for tensor in (
+                *self.keys,
+                *self.values,
+                self.tokens,
+                self.logits,
+                self._workspace,
+                *(t for t in (self.seen, self.noise) if t is not None),
+            )
+        )
+
+    def begin(
+        self, choice: Selection | None, kv_len: int, next_ids: Tensor, starts: Tensor
+    ) -> None:
+        """Sets the state before the first step: `kv_len` keys are there, and `next_ids`
+        (batch_size,) is the token to feed; `starts` (batch_size,) counts padding on the left.
+        """
+        self.lengths.fill_(kv_len)
+        self.kv_start.copy_(starts)
+        self.input_ids.copy_(next_ids)
+        torch.arange(self.batch_size, out=self.slots)
+        self.finished.zero_()
+        self.unfinished_count.fill_(self.batch_size)
+        if choice is None:
+            return
+        self.tokens.fill_(choice.pad_token_id)
+        self.min_len = kv_len + 1 + choice.min_new_tokens if choice.min_new_tokens else 0
+        self.eos_token_ids = self._constant(self.eos_token_ids, choice.eos_token_ids)
+        self.suppressed_tokens = self._constant(self.suppressed_tokens, choice.suppressed_tokens)
+        vocab_size = self.logits.shape[1]
+        if choice.sample and self.noise is None:
+            self.noise = torch.empty(self.batch_size, vocab_size, device=self.device)
+
+    def note_seen(self, sequences: Tensor) -> None:
+        """Marks the tokens of `sequences` (batch_size, length) for the repetition penalty."""
+        vocab_size = self.logits.shape[1]
+        packed = selection.seen_tokens(sequences.clamp(max=vocab_size - 1), vocab_size)
+        if self.seen is None:
+            self.seen = packed
+        else:
+            self.seen.copy_(packed)
+
+    def _constant(self, held: Tensor | None, values: tuple[int, ...]) -> Tensor | None:
+        if not values:
+            return None
+        if held is None or tuple(held.tolist()) != values:
+            self._graphs.clear()  # they may hold the old one's address
+            return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return held
+
+    def run(self, model: DecoderModel, rows: int, choice: Selection | None) -> None:
+        """One step of the first `rows` rows. Without a `choice` it ends with the logits."""
+        if choice is not None and choice.sample:
+            # All slots, in one call a step, as torch.multinomial draws: the generator then is where
+            # the host's own loop would have left it.
+            assert self.noise is not None
+            self.noise.exponential_()
+        if not self._graphs_work:
+            self._run(model, rows, choice)
+            return
+        key = (rows, choice, self.min_len)
+        graph = self._graphs.get(key)
+        if graph is not None:
+            graph.replay()
+            return
+        self._run(model, rows, choice)  # also loads the kernels, which a capture must not
+        if len(self._graphs) >= MAX_GRAPHS:
+            self._graphs.clear()
+        try:
+            graph = decode.Graph(self.device)
+            with graph:
+                self._run(model, rows, choice)
+        except RuntimeError as error:
+            self._graphs_work = False
+            warnings.warn(
+                f"eet_patch could not capture a decode step ({error}); it runs without a CUDA "
+                "graph, at the speed of its launches",
+                stacklevel=2,
+            )
+        else:
+            self._graphs[key] = graph
+
+    def _run(self, model: DecoderModel, rows: int, choice: Selection | None) -> None:
+        hidden_states, logits = self.hidden_states[:rows], self.logits[:rows]
+        where = place(hidden_states)
+        vocab_size, hidden_size = model.head_weight.shape
+        whole = rows == self.batch_size
+        extension().embedding(
+            hidden_states.data_ptr(),
+            model.word_weight.data_ptr(),
+            model.position_weight.data_ptr(),
+            0,
+            self.input_ids.data_ptr(),
+            self.position_ids.data_ptr(),
+            0,
+            0,
+            0,
+            rows,
+            hidden_size,
+            model.word_weight.shape[0],
+            model.position_weight.shape[0],
+            0,
+            rows,
+            0,
+            1.0,
+            0.0,
+            *where,
+        )
+        decode.launch_decode_layers(
+            hidden_states,
+            self._table,
+            self.lengths,
+            model.activation,
+            model.norm_eps,
+            self._workspace,
+            hidden_states,
+            self.kv_start,
+            None if whole else self.slots,
+            None,
+            None,
+        )
+        extension().linear(
+            logits.data_ptr(),
+            hidden_states.data_ptr(),
+            three_addresses((model.head_weight,)),
+            (0, 0, 0),
+            0,
+            address(model.norm_weight),
+            address(model.norm_bias),
+            rows,
+            hidden_size,
+            vocab_size,
+            hidden_size,
+            vocab_size,
+            1,
+            False,
+            ACTIVATION_CODES[None],
+            model.norm_eps,
+            *where,
+        )
+        if choice is None:
+            return
+        selection.launch_select_token(
+            logits,
+            self.tokens,
+            self.input_ids[:rows],
+            self.position_ids[:rows],
+            self.lengths[:rows],
+            self.finished,
+            self.unfinished_count,
+            self._selection_workspace,
+            slots=None if whole else self.slots[:rows],
+            seen=self.seen if choice.repetition_penalty != 1.0 else None,
+            eos_token_ids=self.eos_token_ids,
+            suppressed_tokens=self.suppressed_tokens,
+            noise=self.noise if choice.sample else None,
+            pad_token_id=choice.pad_token_id,
+            min_len=self.min_len,
+            top_k=choice.top_k,
+            repetition_penalty=choice.repetition_penalty,
+            temperature=choice.temperature,
+            top_p=choice.top_p,
+            min_p=choice.min_p,
+        )
+
+    def keep_rows(self, kept: list[int]) -> None:
+        """Goes on with these rows of the step alone, in this order; their slots go with them."""
+        index = torch.tensor(kept, device=self.device)
+        for state in (
+            self.input_ids,
+            self.position_ids,
+            self.lengths,
+            self.kv_start,
+            self.slots,
+        ):
+            state[: len(kept)] = state[index]
+
+
+__all__ = ["DecodeStep", "DecoderModel", "Selection"]
