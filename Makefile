@@ -25,7 +25,7 @@ test-transformers5: $(VENV)/installed
 	cd integration_tests && ../$(PY) -m pytest -q $(PYTEST_ARGS)
 
 test-transformers4: $(VENV4)/installed
-	cd integration_tests && ../$(PY4) -m pytest -q patching transformers $(PYTEST_ARGS)
+	cd integration_tests && ../$(PY4) -m pytest -q patching transformers generation $(PYTEST_ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

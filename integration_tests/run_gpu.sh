@@ -61,7 +61,7 @@ print(f"Python {platform.python_version()}, torch {torch.__version__}, transform
 print("extension:", extension().build_info())
 PY
   tests ops ops
-  tests end_to_end patching transformers
+  tests end_to_end patching transformers generation
   if command -v compute-sanitizer > /dev/null; then
     memcheck
     nvcc -std=c++17 -O2 -Icsrc -arch=native integration_tests/sanitize_kernels.cu \

@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "common/activation.cuh"
+#include "common/row_norm.cuh"
 #include "cuda/decode_persistent_attention.cuh"
 #include "cuda/decode_persistent_stream.cuh"
 
@@ -17,7 +18,7 @@ namespace eet_patch::cuda {
 namespace {
 
 constexpr int kMaxStepLayers = 128;
-constexpr int kHeldVectors = 16;  // 16-byte vectors of a row that a lane holds while normalising
+constexpr int kHeldVectors = 8;  // 16-byte vectors of a row that a lane holds while normalising
 constexpr int kSumsStride = kMaxTileGroups * kGroupColumns + 8;  // keeps rows off shared banks
 constexpr int kSharedLimit = 227 * 1024;
 constexpr int kStaticSharedBytes = 2048;
@@ -27,8 +28,9 @@ struct Moments {
 };
 
 // Layer norm of `row` by `warps` neighbouring warps (a power of two), each lane holding its part of
-// it: mean and variance about it of each warp's part first, then of the row. `active` is false
-// where there is no such row; every thread of the block calls it.
+// it (what is beyond kHeldVectors is loaded again): mean and variance about it of each warp's part
+// first, then of the row. `active` is false where there is no such row; every thread of the block
+// calls it.
 template <typename T>
 __device__ __forceinline__ void normalise_step_row(const T* source, const T* weight, const T* bias,
                                                    T* target, int size, float eps, int warps,
@@ -37,8 +39,12 @@ __device__ __forceinline__ void normalise_step_row(const T* source, const T* wei
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int vectors = size / kVector, stride = warps * kWarpSize;
   const int first = (warp & (warps - 1)) * kWarpSize + lane;
+  const int rest = first + kHeldVectors * stride;
   uint4 held[kHeldVectors];
   float count = 0.0f, sum = 0.0f, values[kVector];
+  auto load_rest = [&](int vector) {
+    unpack_vector<T>(load_shared_state(source + vector * kVector), values);
+  };
   if (active) {
 #pragma unroll
     for (int i = 0; i < kHeldVectors; ++i) {
@@ -55,6 +61,12 @@ __device__ __forceinline__ void normalise_step_row(const T* source, const T* wei
 #pragma unroll
       for (int j = 0; j < kVector; ++j) sum += values[j];
     }
+    for (int vector = rest; vector < vectors; vector += stride) {
+      load_rest(vector);
+      count += kVector;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) sum += values[j];
+    }
   }
   count = warp_sum(count);
   float mean = count == 0.0f ? 0.0f : warp_sum(sum) / count;
@@ -65,6 +77,11 @@ __device__ __forceinline__ void normalise_step_row(const T* source, const T* wei
       if (i * stride >= vectors) break;
       if (first + i * stride >= vectors) continue;
       unpack_vector<T>(held[i], values);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) squares += (values[j] - mean) * (values[j] - mean);
+    }
+    for (int vector = rest; vector < vectors; vector += stride) {
+      load_rest(vector);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) squares += (values[j] - mean) * (values[j] - mean);
     }
@@ -85,24 +102,22 @@ __device__ __forceinline__ void normalise_step_row(const T* source, const T* wei
   }
   if (!active) return;
   const float scale = rsqrtf(squares / size + eps);
+  auto finish = [&](int vector) {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) values[j] = (values[j] - mean) * scale;
+    scale_and_shift(values, weight, bias, vector * kVector);
+    store_vector(target + vector * kVector, values);
+  };
 #pragma unroll
   for (int i = 0; i < kHeldVectors; ++i) {
     if (i * stride >= vectors) break;
-    const int vector = first + i * stride;
-    if (vector >= vectors) continue;
+    if (first + i * stride >= vectors) continue;
     unpack_vector<T>(held[i], values);
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) values[j] = (values[j] - mean) * scale;
-    float other[kVector];
-    load_vector(weight + vector * kVector, other);
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) values[j] *= other[j];
-    if (bias != nullptr) {
-      load_vector(bias + vector * kVector, other);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) values[j] += other[j];
-    }
-    store_vector(target + vector * kVector, values);
+    finish(first + i * stride);
+  }
+  for (int vector = rest; vector < vectors; vector += stride) {
+    load_rest(vector);
+    finish(vector);
   }
 }
 
@@ -199,6 +214,7 @@ __global__ void __launch_bounds__(kStepThreads, 1)
         __syncthreads();
         merge_entries(p, entries);
         barrier.arrive();
+        stream.flush();
         continue;
       }
       const ProductShape& shape = p.products[phase];
@@ -226,6 +242,17 @@ __global__ void __launch_bounds__(kStepThreads, 1)
         out = layer_index + 1 == p.num_layers ? p.out : p.state;
         input = p.inner;
       }
+      float bias_terms[kOutputs];
+      auto load_bias = [&](int group, int columns) {
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) {
+          const int element = threadIdx.x + i * kStepThreads, row = element / columns;
+          const int column = group * kGroupColumns + element - row * columns;
+          bias_terms[i] = bias == nullptr || row >= p.rows ? 0.0f : to_float(bias[column]);
+        }
+      };
+      if (owned.begin < owned.end)
+        load_bias(owned.begin, tile_groups(owned.end - owned.begin) * kGroupColumns);
       if (phase != kQkvPhase || layer_index > 0) barrier.wait();
       if (phase == kQkvPhase) prefetch_parameters(p, layer_index + 1);
 
@@ -284,20 +311,20 @@ __global__ void __launch_bounds__(kStepThreads, 1)
       for (int group = owned.begin; group < owned.end;) {
         const int groups = tile_groups(owned.end - group), columns = groups * kGroupColumns;
         const int first_column = group * kGroupColumns, per_slot = slot_steps(groups);
+        const bool last_tile = group + groups == owned.end;
         constexpr int kAhead = 4;  // steps; a multiple of every slot's
         uint4 low[kAhead], high[kAhead], next_low[kAhead], next_high[kAhead];
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) load_input(i, low[i], high[i]);
 
-        float bias_terms[kOutputs], residual_terms[kOutputs];
+        if (group > owned.begin) load_bias(group, columns);
+        float residual_terms[kOutputs];
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) {
           const int element = threadIdx.x + i * kStepThreads, row = element / columns;
-          bias_terms[i] = residual_terms[i] = 0.0f;
-          if (row >= p.rows) continue;
-          const int column = first_column + element - row * columns;
-          if (bias != nullptr) bias_terms[i] = to_float(bias[column]);
-          if (residual != nullptr) {
+          residual_terms[i] = 0.0f;
+          if (row < p.rows && residual != nullptr) {
+            const int column = first_column + element - row * columns;
             const unsigned short bits = __ldcg(reinterpret_cast<const unsigned short*>(
                 residual + int64_t(row) * shape.out_features + column));
             residual_terms[i] = to_float(reinterpret_cast<const T&>(bits));
@@ -334,7 +361,8 @@ __global__ void __launch_bounds__(kStepThreads, 1)
               if (j >= groups) break;
               mma_m16n8k16<T>(c[j], low[i].z, high[i].z, low[i].w, high[i].w, w[j][2], w[j][3]);
             }
-            if (in_slot == per_slot - 1 || step == steps - 1) stream.release();
+            if (in_slot == per_slot - 1 || step == steps - 1)
+              stream.release(last_tile && steps - step <= (kMaxOwed - 1) * per_slot);
           }
 #pragma unroll
           for (int i = 0; i < kAhead; ++i) low[i] = next_low[i], high[i] = next_high[i];
@@ -372,6 +400,7 @@ __global__ void __launch_bounds__(kStepThreads, 1)
         if (group < owned.end) __syncthreads();  // the sums are free again
       }
       if (phase != kFc2Phase || layer_index + 1 < p.num_layers) barrier.arrive();
+      stream.flush();
     }
   }
   barrier.leave();
@@ -390,11 +419,9 @@ SharedLayout shared_layout(const DecodeLayersArgs& args) {
                             HeadEntries::kCount * static_cast<int>(args.head_dim + kPartialExtra)) *
                    4;
   const int table = static_cast<int>(args.num_layers * sizeof(StreamedLayer));
-  const int warps_per_row = rows == 1 ? 8 : rows == 2 ? 4 : rows <= 4 ? 2 : 1;
-  const bool held = hidden <= kHeldVectors * warps_per_row * kWarpSize * 8;
   SharedLayout layout;
   // 64 bytes over a multiple of 128, so that rows alternate between halves of the banks.
-  for (const int stride : {held ? hidden + 32 : 0, 0}) {
+  for (const int stride : {hidden + 32, 0}) {
     const int panel = rows * stride * 2;
     for (int slots = kMaxSlots; slots >= kMinSlots; --slots) {
       const int ring = kStepWarps * slots * kSlotBytes;
@@ -494,8 +521,6 @@ bool takes_persistent_decode(const DecodeLayersArgs& args) {
   if (blocks < args.rows || (units + 1) * blocks >= kMaxIndex) return false;
   if (3 * hidden >= kMaxIndex / kMaxStepRows || args.intermediate_size >= kMaxIndex / kMaxStepRows)
     return false;
-  // A row by a whole block is the longest that a block normalises from its registers.
-  if (hidden > int64_t(kHeldVectors) * kStepThreads * 8) return false;
   if (shared_layout(args).slots == 0) return false;
   return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 &&
          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= kSharedLimit &&

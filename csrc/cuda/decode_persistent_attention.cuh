@@ -92,7 +92,7 @@ __device__ __forceinline__ void attend(const StepParams<T>& p, WeightStream<T>& 
       }
       const unsigned char* values = keys + kSlotBytes / 2;
       if (!both) {
-        stream.release();
+        stream.release(left - (tile - begin) <= 1);
         stream.wait();
         values = stream.data();
       }
@@ -126,7 +126,7 @@ __device__ __forceinline__ void attend(const StepParams<T>& p, WeightStream<T>& 
         out[j][2] *= correction;
         mma_m16n8k16<T>(out[j], a[0], a[1], a[2], a[3], b0, b1);
       }
-      stream.release();
+      stream.release(left - (tile - begin) <= kMaxOwed);
     }
 
     if (has_new) {

@@ -12,6 +12,7 @@ constexpr int kStepWarps = 8;
 constexpr int kStepThreads = kStepWarps * kWarpSize;
 constexpr int kSlotBytes = 4096;
 constexpr int kMinSlots = 4, kMaxSlots = 6;  // of a warp's ring
+constexpr int kMaxOwed = 3;                  // slots that wait for the end of a phase
 constexpr int kMaxStepRows = 16;
 constexpr int kGroupColumns = 8;   // the least share of a product: 16 bytes of each row of weights
 constexpr int kMaxTileGroups = 8;  // what a warp accumulates at a time
@@ -125,7 +126,6 @@ struct GridBarrier {
   __device__ __forceinline__ void arrive() {
     __syncthreads();
     if (threadIdx.x == 0) {
-      __threadfence();
       asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
     }
     target += gridDim.x;
@@ -136,7 +136,6 @@ struct GridBarrier {
       do {
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
       } while (seen < target);
-      __threadfence();
     }
     __syncthreads();
   }
@@ -154,7 +153,8 @@ struct GridBarrier {
 // A warp's own ring of slots, and the cursor of what it asks for next. It walks the warp's whole
 // work of the step (every product's columns and k, every layer's past keys), which depends on
 // nothing that the step computes, so the ring stays full across barriers. Consumers call wait(),
-// read data(), and then release() in the same order.
+// read data(), and then release() in the same order. Asking for more takes instructions too, so
+// what is released late in a phase is refilled by flush(), behind the phase's result.
 template <typename T>
 struct WeightStream {
   const StepParams<T>& p;
@@ -165,7 +165,7 @@ struct WeightStream {
 
   int first_row, first_head, first_tile, first_left;  // the warp's attention units, of every layer
 
-  int slot = 0;
+  int slot = 0, read_slot = 0, owed = 0;
   int layer = 0, phase = kQkvPhase, shift = 0;
   int group = 0, group_end = 0, groups = 0, k = 0, k_begin = 0, k_end = 0;
   int row = 0, head = 0, tile = 0, left = 0;
@@ -180,22 +180,45 @@ struct WeightStream {
         lane(threadIdx.x % kWarpSize),
         warp(threadIdx.x / kWarpSize) {}
 
-  __device__ __forceinline__ const unsigned char* data() const { return ring + slot * kSlotBytes; }
+  __device__ __forceinline__ const unsigned char* data() const {
+    return ring + read_slot * kSlotBytes;
+  }
 
   __device__ __forceinline__ void wait() const {
-    if (p.slots == kMaxSlots) {
-      copy_async_wait<kMaxSlots - 1>();
-    } else if (p.slots == kMaxSlots - 1) {
-      copy_async_wait<kMaxSlots - 2>();
-    } else {
-      copy_async_wait<kMinSlots - 1>();
+    switch (p.slots - 1 - owed) {
+      case 5:
+        copy_async_wait<5>();
+        break;
+      case 4:
+        copy_async_wait<4>();
+        break;
+      case 3:
+        copy_async_wait<3>();
+        break;
+      case 2:
+        copy_async_wait<2>();
+        break;
+      case 1:
+        copy_async_wait<1>();
+        break;
+      default:
+        copy_async_wait<0>();
     }
     __syncwarp();
   }
 
-  __device__ __forceinline__ void release() {
+  __device__ __forceinline__ void release(bool late) {
     __syncwarp();
-    issue();
+    if (++read_slot == p.slots) read_slot = 0;
+    if (late && owed < kMaxOwed) {
+      ++owed;
+    } else {
+      issue();
+    }
+  }
+
+  __device__ __forceinline__ void flush() {
+    for (; owed > 0; --owed) issue();
   }
 
   __device__ __forceinline__ void start(int unit, int units) {

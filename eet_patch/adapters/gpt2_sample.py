@@ -68,16 +68,19 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         )
         if reason is not None:
             return reason
-        input_ids, mask = arguments["input_ids"], arguments["attention_mask"]
-        starts = mask.shape[1] - mask.sum(dim=1)
-        # Padding must stand on the left alone.
-        if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
-            return "the attention mask has zeros behind ones"
+        input_ids, mask = arguments["input_ids"], arguments.get("attention_mask")
+        kv_len = _context_length(arguments, config)
+        assert kv_len is not None
+        starts = torch.zeros(input_ids.shape[0], dtype=torch.int64, device=input_ids.device)
+        if mask is not None:
+            starts = kv_len - mask.sum(dim=1)
+            # Padding must stand on the left alone.
+            if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
+                return "the attention mask has zeros behind ones"
         position_ids = arguments.get("position_ids")
+        next_positions = kv_len - starts
         if position_ids is not None:
             next_positions = position_ids[:, -1].expand(input_ids.shape[0]) + 1
-        else:
-            next_positions = mask.sum(dim=1)
         stopping = stopping_of(arguments["stopping_criteria"])
         pad = config._pad_token_tensor
         choice: Selection | str = ""
@@ -98,7 +101,6 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         if longest is None:
             return "no maximum length is set"
         new_tokens = longest - input_ids.shape[1]
-        kv_len = mask.shape[1]
         if kv_len + new_tokens - 1 > model.config.n_positions:
             return "the maximum length is beyond the model's positions"
         if new_tokens < 2:
@@ -146,8 +148,12 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
 
 def _call_reason(model: Any, arguments: dict[str, Any], config: Any) -> str | None:
     """What of the call itself the loop doesn't do."""
+    if config.return_dict_in_generate and (
+        config.output_attentions or config.output_hidden_states
+    ):
+        return "attentions or hidden states of each step were asked for"
     for name in arguments.keys() - OWN_ARGUMENTS - KNOWN_KWARGS:
-        if arguments[name] is not None:
+        if arguments[name] is not None and arguments[name] is not False:
             return f"generate() got {name}, which the loop doesn't know"
     past = arguments.get("past_key_values")
     if not arguments.get("use_cache", True) or past is None:
@@ -163,24 +169,42 @@ def _call_reason(model: Any, arguments: dict[str, Any], config: Any) -> str | No
     if arguments.get("synced_gpus") or getattr(config, "is_assistant", False):
         return "synced_gpus is set, or the model is an assistant"
     mask, input_ids = arguments.get("attention_mask"), arguments["input_ids"]
-    if type(mask) is not Tensor or mask.dim() != 2 or mask.shape[0] != input_ids.shape[0]:
+    batch_size, like = input_ids.shape[0], model._modules["lm_head"]._parameters["weight"]
+    length = _context_length(arguments, config)
+    if length is None:
+        return "the context's length is not known (a cache is continued without an attention mask)"
+    if mask is not None and (type(mask) is not Tensor or mask.shape != (batch_size, length)):
         return "the attention mask is not (batch_size, length)"
     position_ids = arguments.get("position_ids")
     if position_ids is not None and (
         type(position_ids) is not Tensor
         or position_ids.dim() != 2
-        or position_ids.shape[1] != mask.shape[1]
-        or position_ids.shape[0] not in (1, input_ids.shape[0])
+        or position_ids.shape[1] != length
+        or position_ids.shape[0] not in (1, batch_size)
     ):
         return "position_ids are not (batch_size, length)"
-    like = model._modules["lm_head"]._parameters["weight"]
-    if mask.device != like.device or input_ids.device != like.device:
-        return "the input is on another device than the model"
-    if input_ids.shape[0] == 0 or mask.shape[1] == 0:
+    for tensor in (mask, input_ids):
+        if tensor is not None and tensor.device != like.device:
+            return "the input is on another device than the model"
+    if batch_size == 0 or length == 0:
         return "the batch is empty"
-    if like.device.type == "cuda" and input_ids.shape[0] > MAX_SKINNY_ROWS:
+    if like.device.type == "cuda" and batch_size > MAX_SKINNY_ROWS:
         return f"the batch has more than {MAX_SKINNY_ROWS} rows"
     return None
+
+
+def _context_length(arguments: dict[str, Any], config: Any) -> int | None:
+    """How many keys there will be after the context; None where only the host could tell."""
+    mask = arguments.get("attention_mask")
+    if mask is not None:
+        return mask.shape[-1]
+    told = getattr(config, "_mask_length", None)  # from 5.23 on a mask of ones is dropped
+    if isinstance(told, int) and told > 0:
+        return told
+    if arguments["past_key_values"].get_seq_length() > 0:
+        return None
+    embeds = arguments.get("inputs_embeds")
+    return (arguments["input_ids"] if embeds is None else embeds).shape[1]
 
 
 def _model_reason(model: Any, model_cls: type, block_cls: type) -> str | None:

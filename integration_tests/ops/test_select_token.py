@@ -325,11 +325,9 @@ def test_rows_without_a_distribution(device, dtype, options):
         options = {"noise": noise_of(5, 5003, device), **options}
     tokens = chosen(logits, **(options or {}))
     assert tokens[:4].tolist() == [700, 0, 4096, 0]
-    expected = host_choice(
-        logits[4:],
-        None,
-        {**(options or {}), **({"noise": options["noise"][4:]} if options else {})},
-    )
+    if options is not None:
+        options["noise"] = options["noise"][4:]
+    expected = host_choice(logits[4:], None, options or {})
     assert tokens[4:].tolist() == expected.tolist()
 
 
@@ -477,7 +475,7 @@ def test_strided_rows(device, dtype, options):
 @pytest.mark.parametrize("rows", [0, 1024])
 @pytest.mark.parametrize("options", [None, {"top_k": 3}, {"top_p": 0.5}])
 def test_numbers_of_rows(device, rows, options):
-    logits = logits_of(rows, 65, torch.float16, device)
+    logits = logits_of(rows, 65, torch.float32, device)
     if options is not None:
         options = {"noise": noise_of(rows, 65, device), **options}
     expected = host_choice(logits, None, options or {}) if rows else logits[:, 0]

@@ -1,7 +1,11 @@
-"""generate() with GPT-2: every decoding and cache, token for token against the unpatched model."""
+"""generate() with GPT-2 at the layer level: every decoding and cache, token for token against the
+unpatched model. The loop level has its tests in generation/.
+"""
 
+import functools
 import importlib.util
 
+import helpers
 import pytest
 import torch
 import transformers
@@ -10,7 +14,6 @@ from helpers import (
     assert_replaced,
     assert_same_tokens,
     batch_of,
-    patched,
     tiny_gpt2,
     token_ids,
 )
@@ -20,6 +23,7 @@ from transformers import DynamicCache, StaticCache
 import eet_patch
 
 NAME = "gpt2_block"
+patched = functools.partial(helpers.patched, exclude=("gpt2_sample",))
 PROMPT = 9
 
 
