@@ -2,8 +2,13 @@
 
     python benchmarks/gpt2_generate.py                       # on a GPU if there is one, else a CPU
     python benchmarks/gpt2_generate.py --models small,xl,8b  # GPU: more sizes
+    python benchmarks/gpt2_generate.py --models 10b --providers eet_patch --compile
 
 floor: layer weights and output embedding, and the KV cache at its mean length, read once a token.
+check: the unpatched model reads each provider's tokens in one pass; every token must be its best
+one, or closer to it than the two may differ by rounding.
+On a GPU cuDNN's attention is off for all: it plans anew for each length of the cache, which takes
+most of an unpatched step.
 """
 
 import argparse
@@ -29,7 +34,7 @@ MODELS = {  # layers, hidden size, heads
     "10b": (36, 5120, 40),
 }
 CPU_SHAPES = ((1, 64, 64), (4, 64, 64))  # batch, tokens of the prompt, new tokens
-GPU_SHAPES = ((1, 512, 512), (4, 512, 512))
+GPU_SHAPES = ((4, 512, 512), (16, 512, 512))
 
 
 @functools.lru_cache(maxsize=1)
@@ -43,30 +48,18 @@ def build_model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
     return model
 
 
-def same_tokens(model: nn.Module, actual: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """True if each row equals the unpatched model's, or first parts from it at a near tie."""
-    if actual.shape != expected.shape:
-        return False
-    for row, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
-        differing = (ours != theirs).nonzero()
-        if len(differing) == 0:
-            continue
-        position = int(differing[0])
-        with torch.no_grad():
-            logits = model(expected[row : row + 1, :position]).logits[0, -1].float()
-        gap = (logits[theirs[position]] - logits[ours[position]]).abs()
-        share = float(gap / logits.abs().max())
-        print(
-            f"  row {row} parts at token {position}, at a gap of {share:.1e} of the largest logit"
-        )
-        if share > tolerance:
-            return False
-    return True
+def largest_gap(logits: Tensor, tokens: Tensor) -> float:
+    """How far below the best logit a chosen token's stands at most, as a share of the largest."""
+    gap, largest = 0.0, float(logits.abs().max())
+    for row in range(tokens.shape[0]):  # a row at a time: all of them in fp32 fill a small GPU
+        scores = logits[row].float()
+        chosen = scores.gather(1, tokens[row, :, None])[:, 0]
+        gap = max(gap, float((scores.amax(1) - chosen).max()) / largest)
+    return gap
 
 
 @contextlib.contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """cuDNN's attention plans anew for each length of the cache: most of a short step's time."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -93,24 +86,28 @@ def run_case(case: Case, rates: harness.Rates, args: argparse.Namespace) -> list
         )
 
     def logits_of(tokens: Tensor) -> Tensor:
+        """Of every position that chose a new token."""
         with torch.no_grad():
-            return model(tokens, use_cache=False).logits[:, -case.new_tokens :]
-
-    expected = generate()
-    expected_logits = logits_of(expected)
+            return model(tokens, use_cache=False, logits_to_keep=case.new_tokens + 1).logits[:, :-1]
 
     def compare(provider: Provider, tokens: Tensor) -> tuple[float, bool]:
+        shape_is_right = tokens.shape == (case.batch_size, case.seq_len + case.new_tokens)
+        expected = logits_of(tokens)
         with provider.scope():
-            error = harness.relative_error(logits_of(expected), expected_logits)
-        same = same_tokens(model, tokens, expected, tolerance)
-        return error, error <= tolerance and same
+            error = harness.relative_error(logits_of(tokens)[:1], expected[:1])
+        gap = largest_gap(expected, tokens[:, case.seq_len :])
+        if gap > tolerance:
+            print(
+                f"  {provider.name}: a token stands {gap:.1e} of the largest logit below the best"
+            )
+        return error, shape_is_right and error <= tolerance and gap <= tolerance
 
     providers = [Provider(BASELINE, generate), harness.patched_provider(generate)]
-    if args.device != "cpu":
-        providers.append(Provider("transformers_no_cudnn", generate, without_cudnn_attention))
     if args.compile:  # transformers compiles the step itself when the cache is static
         static = functools.partial(generate, cache_implementation="static")
-        providers.append(Provider("transformers_static", static))
+        providers.append(Provider("transformers-static-compile", static))
+    if args.providers:
+        providers = [p for p in providers if p.name in args.providers.split(",")]
     found = harness.measure(providers, compare, args)
 
     layers, hidden_size, _ = MODELS[case.model.removeprefix("gpt2-")]
@@ -129,6 +126,7 @@ def main() -> int:
     harness.add_arguments(parser)
     parser.add_argument("--models", default="small", help=f"comma-separated: {', '.join(MODELS)}")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--providers", default="", help="comma-separated; default: all")
     args = parser.parse_args()
     harness.prepare(args)
     on_gpu = args.device != "cpu"
@@ -146,7 +144,8 @@ def main() -> int:
     rows = []
     for case in cases:
         print(harness.title(case), flush=True)
-        found = run_case(case, rates, args)
+        with without_cudnn_attention() if on_gpu else contextlib.nullcontext():
+            found = run_case(case, rates, args)
         harness.record(found, args)
         rows += found
     harness.print_rows(rows)

@@ -17,8 +17,7 @@ from harness import BASELINE, PATCHED, RESULTS, ROOT, Row, read_rows
 TITLES = {
     BASELINE: "transformers",
     "torch_compile": "torch.compile",
-    "transformers_no_cudnn": "transformers, cuDNN attention off",
-    "transformers_static": "transformers, static cache compiled",
+    "transformers-static-compile": "transformers, static cache compiled",
     PATCHED: "eet_patch",
 }
 UNITS = {"bert_encode": "ms a batch", "gpt2_generate": "ms a token"}

@@ -18,10 +18,12 @@ namespace eet_patch::cuda {
 namespace {
 
 constexpr int kMaxStepLayers = 128;
-constexpr int kHeldVectors = 8;  // 16-byte vectors of a row that a lane holds while normalising
+constexpr int kHeldVectors = 4;  // 16-byte vectors of a row that a lane holds while normalising
 constexpr int kSumsStride = kMaxTileGroups * kGroupColumns + 8;  // keeps rows off shared banks
+// Of the 128 a thread that 512 threads are given; multiples of 8.
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 200;
 constexpr int kSharedLimit = 227 * 1024;
-constexpr int kStaticSharedBytes = 2048;
+constexpr int kStaticSharedBytes = 3072;
 
 struct Moments {
   float count, mean, squares;
@@ -89,7 +91,7 @@ __device__ __forceinline__ void normalise_step_row(const T* source, const T* wei
   squares = warp_sum(squares);
   if (warps > 1) {
     if (lane == 0) moments[warp] = {count, mean, squares};
-    __syncthreads();
+    sync_consumers();
     const Moments* parts = moments + (warp & ~(warps - 1));
     float row_mean = 0.0f;
     for (int i = 0; i < warps; ++i) row_mean += parts[i].mean * (parts[i].count / size);
@@ -144,7 +146,7 @@ __device__ __forceinline__ void prefetch_parameters(const StepParams<T>& p, int 
   }
 }
 
-// One block of 8 warps a multiprocessor, all resident (cooperative launch). Of a product a block
+// One block of 8 consumer and 8 producer warps a multiprocessor, all resident (cooperative launch). Of a product a block
 // owns a run of 8-column groups, and each warp of it a run of k; past keys are dealt out 16 at a
 // time. Shared memory: the warps' rings, the normalised input or the attention's result where it
 // fits (the panel; else blocks share the work and leave it in global memory, one more barrier), the
@@ -152,7 +154,7 @@ __device__ __forceinline__ void prefetch_parameters(const StepParams<T>& p, int 
 // every visible past key once, and of the activations grid * rows * (3 hidden + intermediate)
 // elements a layer, from L2.
 template <typename T, bool kWide, int kSlices>
-__global__ void __launch_bounds__(kStepThreads, 1)
+__global__ void __launch_bounds__(2 * kStepThreads, 1)
     decode_step_kernel(const __grid_constant__ StepParams<T> p) {
 #if __CUDA_ARCH__ >= 900
   constexpr int kOutputs = kMaxTileGroups * kGroupColumns * (kWide ? 16 : 8) / kStepThreads;
@@ -160,15 +162,18 @@ __global__ void __launch_bounds__(kStepThreads, 1)
   __shared__ StepRow step_rows[kMaxStepRows];
   __shared__ Moments moments[kStepWarps];
   __shared__ int entry_pairs[HeadEntries::kCount];
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4,
-            q = lane % 4;
-  unsigned char* ring = shared + warp * p.slots * kSlotBytes;
+  __shared__ uint64_t full[kStepWarps * kMaxSlots], empty[kStepWarps * kMaxSlots];
+  const int warp = threadIdx.x / kWarpSize % kStepWarps;  // a consumer and its producer share one
   T* panel = reinterpret_cast<T*>(shared + kStepWarps * p.slots * kSlotBytes);
   float* sums = reinterpret_cast<float*>(shared + p.sums_offset);
   StreamedLayer* table = reinterpret_cast<StreamedLayer*>(shared + p.table_offset);
   const HeadEntries entries = {entry_pairs, sums};
 
-  for (int i = threadIdx.x; i < p.num_layers; i += kStepThreads) {
+  if (threadIdx.x < kStepWarps * kMaxSlots) {
+    slot_barrier_init(full + threadIdx.x, kWarpSize);
+    slot_barrier_init(empty + threadIdx.x, 1);
+  }
+  for (int i = threadIdx.x; i < p.num_layers; i += blockDim.x) {
     const DecodeLayer& layer = p.layers[i];
     table[i] = {{layer.qkv_weight[0], layer.key_cache, layer.out_weight, layer.fc1_weight,
                  layer.fc2_weight, layer.value_cache}};
@@ -188,18 +193,23 @@ __global__ void __launch_bounds__(kStepThreads, 1)
   }
   prefetch_parameters(p, 0);
   __syncthreads();
-  AttentionUnits units = {0};
+  AttentionUnits units = {0, 0};
   for (int row = 0; row < p.rows; ++row) {
     if (threadIdx.x == 0) step_rows[row].first_unit = units.total;
     units.total += p.num_heads * (step_rows[row].tiles + 1);
   }
+  units.blocks = min(units.total, gridDim.x);
   __syncthreads();
-  const int block_unit = units.begin(blockIdx.x),
-            block_units = units.begin(blockIdx.x + 1) - block_unit;
-  const int warp_unit = block_units * warp / kStepWarps,
-            warp_units = block_units * (warp + 1) / kStepWarps - warp_unit;
-  WeightStream<T> stream(p, table, step_rows, ring);
-  stream.start(block_unit + warp_unit, warp_units);
+  const UnitCursor first_unit(units, step_rows, p.rows, warp);
+  SlotRing ring(shared + warp * p.slots * kSlotBytes, full + warp * kMaxSlots,
+                empty + warp * kMaxSlots, p.slots);
+  if (threadIdx.x >= kStepThreads) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
+    produce(p, table, step_rows, first_unit, warp, ring);
+    return;
+  }
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
+  const int lane = threadIdx.x % kWarpSize, g = lane / 4, q = lane % 4;
 
   GridBarrier barrier{p.barrier};
   const int warps_per_row = p.rows == 1 ? 8 : p.rows == 2 ? 4 : p.rows <= 4 ? 2 : 1;
@@ -210,11 +220,10 @@ __global__ void __launch_bounds__(kStepThreads, 1)
     for (int phase = 0; phase < kNumPhases; ++phase) {
       if (phase == kAttentionPhase) {
         barrier.wait();
-        attend<T, kSlices>(p, stream, layer, entries);
-        __syncthreads();
+        attend<T, kSlices>(p, ring, step_rows, first_unit, layer, entries);
+        sync_consumers();
         merge_entries(p, entries);
         barrier.arrive();
-        stream.flush();
         continue;
       }
       const ProductShape& shape = p.products[phase];
@@ -257,32 +266,27 @@ __global__ void __launch_bounds__(kStepThreads, 1)
       if (phase == kQkvPhase) prefetch_parameters(p, layer_index + 1);
 
       const bool from_panel = p.panel_stride > 0 && phase != kFc2Phase;
+      T* const prepared = from_panel ? panel : p.normed;
+      const int prepared_stride = from_panel ? p.panel_stride : p.hidden_size;
       if (norm_weight != nullptr) {
         const T* source = phase == kQkvPhase ? before : p.middle;
-        if (from_panel) {
-          for (int first = 0; first < p.rows; first += kStepWarps / warps_per_row) {
-            const int row = first + warp / warps_per_row;
-            const bool active = row < p.rows;
-            const int real = active ? row : 0;
-            normalise_step_row(source + real * p.hidden_size, norm_weight, norm_bias,
-                               panel + real * p.panel_stride, p.hidden_size, p.norm_eps,
-                               warps_per_row, active, moments);
-          }
-        } else if (blockIdx.x < p.rows) {
-          const int64_t at = int64_t(blockIdx.x) * p.hidden_size;
-          normalise_step_row(source + at, norm_weight, norm_bias, p.normed + at, p.hidden_size,
-                             p.norm_eps, kStepWarps, true, moments);
+        const int warps = from_panel ? warps_per_row : kStepWarps;
+        const int end = from_panel ? p.rows : min(p.rows, static_cast<int>(blockIdx.x) + 1);
+        for (int first = from_panel ? 0 : blockIdx.x; first < end; first += kStepWarps / warps) {
+          const int row = first + warp / warps;
+          const bool active = row < end;
+          const int real = active ? row : first;
+          normalise_step_row(source + int64_t(real) * p.hidden_size, norm_weight, norm_bias,
+                             prepared + int64_t(real) * prepared_stride, p.hidden_size, p.norm_eps,
+                             warps, active, moments);
         }
       } else if (phase == kOutPhase) {
-        if (from_panel) {
-          combine_heads(p, step_rows, units, panel, p.panel_stride, threadIdx.x, kStepThreads);
-        } else {
-          combine_heads(p, step_rows, units, p.normed, p.hidden_size,
-                        blockIdx.x * kStepThreads + threadIdx.x, gridDim.x * kStepThreads);
-        }
+        const int block = from_panel ? 0 : blockIdx.x, blocks = from_panel ? 1 : gridDim.x;
+        combine_heads(p, step_rows, units, prepared, prepared_stride,
+                      block * kStepThreads + static_cast<int>(threadIdx.x), blocks * kStepThreads);
       }
       if (from_panel) {
-        __syncthreads();
+        sync_consumers();
       } else if (phase != kFc2Phase) {
         barrier.arrive();
         barrier.wait();
@@ -311,7 +315,6 @@ __global__ void __launch_bounds__(kStepThreads, 1)
       for (int group = owned.begin; group < owned.end;) {
         const int groups = tile_groups(owned.end - group), columns = groups * kGroupColumns;
         const int first_column = group * kGroupColumns, per_slot = slot_steps(groups);
-        const bool last_tile = group + groups == owned.end;
         constexpr int kAhead = 4;  // steps; a multiple of every slot's
         uint4 low[kAhead], high[kAhead], next_low[kAhead], next_high[kAhead];
 #pragma unroll
@@ -342,9 +345,9 @@ __global__ void __launch_bounds__(kStepThreads, 1)
             const int step = first + i;
             if (step >= steps) break;
             const int in_slot = i & (per_slot - 1);
-            if (in_slot == 0) stream.wait();
+            if (in_slot == 0) ring.wait_full();
             const unsigned char* weights =
-                stream.data() + (in_slot * kStepK + lane) * groups * kVectorBytes;
+                ring.data() + (in_slot * kStepK + lane) * groups * kVectorBytes;
             uint32_t w[kMaxTileGroups][4];
 #pragma unroll
             for (int j = 0; j < kMaxTileGroups; ++j) {
@@ -361,8 +364,7 @@ __global__ void __launch_bounds__(kStepThreads, 1)
               if (j >= groups) break;
               mma_m16n8k16<T>(c[j], low[i].z, high[i].z, low[i].w, high[i].w, w[j][2], w[j][3]);
             }
-            if (in_slot == per_slot - 1 || step == steps - 1)
-              stream.release(last_tile && steps - step <= (kMaxOwed - 1) * per_slot);
+            if (in_slot == per_slot - 1 || step == steps - 1) ring.release();
           }
 #pragma unroll
           for (int i = 0; i < kAhead; ++i) low[i] = next_low[i], high[i] = next_high[i];
@@ -381,7 +383,7 @@ __global__ void __launch_bounds__(kStepThreads, 1)
                 make_float2(c[j][2], c[j][3]);
           }
         }
-        __syncthreads();
+        sync_consumers();
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) {
           const int element = threadIdx.x + i * kStepThreads, row = element / columns;
@@ -397,10 +399,9 @@ __global__ void __launch_bounds__(kStepThreads, 1)
               from_float<T>(sum + residual_terms[i]);
         }
         group += groups;
-        if (group < owned.end) __syncthreads();  // the sums are free again
+        if (group < owned.end) sync_consumers();  // the sums are free again
       }
       if (phase != kFc2Phase || layer_index + 1 < p.num_layers) barrier.arrive();
-      stream.flush();
     }
   }
   barrier.leave();
@@ -485,7 +486,7 @@ cudaError_t launch_step(const StepParams<T>& params, int blocks, int shared_byte
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(kStepThreads);
+    config.blockDim = dim3(2 * kStepThreads);
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream;
     cudaLaunchAttribute attribute;

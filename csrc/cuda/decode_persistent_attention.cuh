@@ -8,18 +8,6 @@
 
 namespace eet_patch::cuda {
 
-// Units of work (16 keys of one head of one row, or its new token) lie in the order row, head, key
-// and are dealt out evenly: a block owns units [begin(b), begin(b + 1)), and its warps likewise.
-struct AttentionUnits {
-  unsigned total;
-  __device__ __forceinline__ int begin(unsigned block) const {
-    return static_cast<int>(total * block / gridDim.x);
-  }
-  __device__ __forceinline__ int block_of(int unit) const {
-    return static_cast<int>(((unit + 1u) * gridDim.x - 1u) / total);
-  }
-};
-
 // Partial results of a block's warps that may share their head with a neighbour: the first and the
 // last head of each warp, in order.
 struct HeadEntries {
@@ -32,9 +20,11 @@ struct HeadEntries {
 // every one of n = 8 columns, so each lane holds the scores of keys lane / 4 and lane / 4 + 8; the
 // weighted values likewise, 16 columns of the head at a time. kSlices bounds head_dim / 16.
 template <typename T, int kSlices>
-__device__ __forceinline__ void attend(const StepParams<T>& p, WeightStream<T>& stream,
-                                       const DecodeLayer& layer, const HeadEntries& entries) {
-  const int lane = stream.lane, g = lane / 4, q = lane % 4, matrix = lane / 8;
+__device__ __forceinline__ void attend(const StepParams<T>& p, SlotRing& ring, const StepRow* rows,
+                                       const UnitCursor& first_unit, const DecodeLayer& layer,
+                                       const HeadEntries& entries) {
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int g = lane / 4, q = lane % 4, matrix = lane / 8;
   const int head_dim = p.head_dim, slices = head_dim / 16, pieces = head_dim / 8;
   const float scale = static_cast<float>(layer.softmax_scale) * kLog2E;
   const Swizzle swizzle(pieces);
@@ -43,14 +33,13 @@ __device__ __forceinline__ void attend(const StepParams<T>& p, WeightStream<T>& 
   const bool both = head_dim <= kSharedTileHeadDim;
   const int stride = head_dim + kPartialExtra;
 
-  int row = stream.first_row, head = stream.first_head, tile = stream.first_tile,
-      left = stream.first_left;
-  int* pair_of = entries.pair + 2 * stream.warp;
+  int row = first_unit.row, head = first_unit.head, tile = first_unit.tile, left = first_unit.left;
+  int* pair_of = entries.pair + 2 * warp;
   if (lane < 2) pair_of[lane] = -1;
   __syncwarp();
   bool first_pair = true;
   while (left > 0) {
-    const StepRow info = stream.step_rows[row];
+    const StepRow info = rows[row];
     const int begin = tile, end = min(tile + left, info.tiles + 1);
     const bool has_new = end > info.tiles;
     const T* source = p.qkv + int64_t(row) * 3 * p.hidden_size + head * head_dim;
@@ -79,8 +68,8 @@ __device__ __forceinline__ void attend(const StepParams<T>& p, WeightStream<T>& 
 
     float maximum = -INFINITY, total = 0.0f, out[kSlices][4] = {};
     for (; tile < min(end, info.tiles); ++tile) {
-      stream.wait();
-      const unsigned char* keys = stream.data();
+      ring.wait_full();
+      const unsigned char* keys = ring.data();
       float scores[2][4] = {};
 #pragma unroll
       for (int j = 0; j < kSlices; ++j) {
@@ -92,9 +81,9 @@ __device__ __forceinline__ void attend(const StepParams<T>& p, WeightStream<T>& 
       }
       const unsigned char* values = keys + kSlotBytes / 2;
       if (!both) {
-        stream.release(left - (tile - begin) <= 1);
-        stream.wait();
-        values = stream.data();
+        ring.release();
+        ring.wait_full();
+        values = ring.data();
       }
       const int key = info.first_key + tile * kTileKeys + g;
       const bool low_seen = key >= info.start && key < info.length,
@@ -126,7 +115,7 @@ __device__ __forceinline__ void attend(const StepParams<T>& p, WeightStream<T>& 
         out[j][2] *= correction;
         mma_m16n8k16<T>(out[j], a[0], a[1], a[2], a[3], b0, b1);
       }
-      stream.release(left - (tile - begin) <= kMaxOwed);
+      ring.release();
     }
 
     if (has_new) {
@@ -178,7 +167,7 @@ __device__ __forceinline__ void attend(const StepParams<T>& p, WeightStream<T>& 
     float* target = p.partials + int64_t(pair + blockIdx.x) * stride;
     if (first_pair || left == 0) {
       const int entry = first_pair ? 0 : 1;
-      target = entries.values + (2 * stream.warp + entry) * stride;
+      target = entries.values + (2 * warp + entry) * stride;
       if (lane == 0) pair_of[entry] = pair;
     }
     first_pair = false;

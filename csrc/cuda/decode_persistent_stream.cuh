@@ -9,10 +9,9 @@
 namespace eet_patch::cuda {
 
 constexpr int kStepWarps = 8;
-constexpr int kStepThreads = kStepWarps * kWarpSize;
+constexpr int kStepThreads = kStepWarps * kWarpSize;  // consumers; as many producers beside them
 constexpr int kSlotBytes = 4096;
 constexpr int kMinSlots = 4, kMaxSlots = 6;  // of a warp's ring
-constexpr int kMaxOwed = 3;                  // slots that wait for the end of a phase
 constexpr int kMaxStepRows = 16;
 constexpr int kGroupColumns = 8;   // the least share of a product: 16 bytes of each row of weights
 constexpr int kMaxTileGroups = 8;  // what a warp accumulates at a time
@@ -117,6 +116,11 @@ __device__ __forceinline__ uint4 load_shared_state(const void* source) {
   return __ldcg(static_cast<const uint4*>(source));
 }
 
+// Among the consumers of a block.
+__device__ __forceinline__ void sync_consumers() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kStepThreads) : "memory");
+}
+
 // One thread of the block counts and spins; the counter starts at zero.
 struct GridBarrier {
   unsigned* counter;
@@ -124,7 +128,7 @@ struct GridBarrier {
 
   // What the block wrote before is visible to who waits.
   __device__ __forceinline__ void arrive() {
-    __syncthreads();
+    sync_consumers();
     if (threadIdx.x == 0) {
       asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
     }
@@ -137,7 +141,7 @@ struct GridBarrier {
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
       } while (seen < target);
     }
-    __syncthreads();
+    sync_consumers();
   }
   // The last block to leave makes the counters ready for the next call.
   __device__ __forceinline__ void leave() {
@@ -150,185 +154,175 @@ struct GridBarrier {
   }
 };
 
-// A warp's own ring of slots, and the cursor of what it asks for next. It walks the warp's whole
-// work of the step (every product's columns and k, every layer's past keys), which depends on
-// nothing that the step computes, so the ring stays full across barriers. Consumers call wait(),
-// read data(), and then release() in the same order. Asking for more takes instructions too, so
-// what is released late in a phase is refilled by flush(), behind the phase's result.
-template <typename T>
-struct WeightStream {
-  const StepParams<T>& p;
-  const StreamedLayer* table;
-  const StepRow* step_rows;
-  unsigned char* ring;
-  int lane, warp;
-
-  int first_row, first_head, first_tile, first_left;  // the warp's attention units, of every layer
-
-  int slot = 0, read_slot = 0, owed = 0;
-  int layer = 0, phase = kQkvPhase, shift = 0;
-  int group = 0, group_end = 0, groups = 0, k = 0, k_begin = 0, k_end = 0;
-  int row = 0, head = 0, tile = 0, left = 0;
-  bool values_next = false;
-
-  __device__ __forceinline__ WeightStream(const StepParams<T>& params, const StreamedLayer* layers,
-                                          const StepRow* rows, unsigned char* slots)
-      : p(params),
-        table(layers),
-        step_rows(rows),
-        ring(slots),
-        lane(threadIdx.x % kWarpSize),
-        warp(threadIdx.x / kWarpSize) {}
-
-  __device__ __forceinline__ const unsigned char* data() const {
-    return ring + read_slot * kSlotBytes;
+// Units of attention (16 keys of one head of one row, or its new token) lie in the order row, head,
+// key and are dealt out evenly: a block owns units [begin(b), begin(b + 1)), and its warps likewise.
+struct AttentionUnits {
+  unsigned total, blocks;  // blocks that own any: min(total, grid)
+  __device__ __forceinline__ int begin(unsigned block) const {
+    return static_cast<int>(total * min(block, blocks) / blocks);
   }
-
-  __device__ __forceinline__ void wait() const {
-    switch (p.slots - 1 - owed) {
-      case 5:
-        copy_async_wait<5>();
-        break;
-      case 4:
-        copy_async_wait<4>();
-        break;
-      case 3:
-        copy_async_wait<3>();
-        break;
-      case 2:
-        copy_async_wait<2>();
-        break;
-      case 1:
-        copy_async_wait<1>();
-        break;
-      default:
-        copy_async_wait<0>();
-    }
-    __syncwarp();
-  }
-
-  __device__ __forceinline__ void release(bool late) {
-    __syncwarp();
-    if (++read_slot == p.slots) read_slot = 0;
-    if (late && owed < kMaxOwed) {
-      ++owed;
-    } else {
-      issue();
-    }
-  }
-
-  __device__ __forceinline__ void flush() {
-    for (; owed > 0; --owed) issue();
-  }
-
-  __device__ __forceinline__ void start(int unit, int units) {
-    first_row = 0;
-    while (first_row + 1 < p.rows && step_rows[first_row + 1].first_unit <= unit) ++first_row;
-    const int units_per_head = step_rows[first_row].tiles + 1;
-    const int local = unit - step_rows[first_row].first_unit;
-    first_head = local / units_per_head;
-    first_tile = local - first_head * units_per_head;
-    first_left = units;
-    enter_phase();
-    for (int i = 0; i < p.slots; ++i) issue();
-  }
-
- private:
-  __device__ __forceinline__ void enter_phase() {
-    if (phase == kAttentionPhase) {
-      row = first_row, head = first_head, tile = first_tile, left = first_left;
-      return;
-    }
-    const ProductShape& shape = p.products[phase];
-    const Range owned = next_groups(shape, shift), steps = warp_k(shape.in_features, warp);
-    group = owned.begin;
-    group_end = steps.begin < steps.end ? owned.end : owned.begin;
-    groups = tile_groups(group_end - group);
-    k = k_begin = steps.begin;
-    k_end = steps.end;
-  }
-
-  __device__ __forceinline__ void next_phase() {
-    if (++phase == kNumPhases) phase = 0, ++layer;
-    enter_phase();
-  }
-
-  // `count` rows of 16 * pieces bytes. Rows outside `valid` become zeros.
-  template <bool kPermute>
-  __device__ __forceinline__ void copy_rows(unsigned char* target, const T* source, int64_t stride,
-                                            int pieces, int count, Range valid) const {
-    const float reciprocal = __frcp_rn(static_cast<float>(pieces));
-    const int row_step = static_cast<int>((kWarpSize + 0.5f) * reciprocal),
-              piece_step = kWarpSize - row_step * pieces;
-    int at = static_cast<int>((lane + 0.5f) * reciprocal), piece = lane - at * pieces;
-    const Swizzle swizzle(pieces);
-#pragma unroll 2
-    while (at < count) {
-      const int place = kPermute ? permuted_row(at) : at;
-      const bool real = kPermute || (at >= valid.begin && at < valid.end);
-      copy_async_16(target + (place * pieces + (piece ^ swizzle(place))) * kVectorBytes,
-                    source + (real ? at * stride : 0) + piece * kGroupColumns, real);
-      at += row_step;
-      piece += piece_step;
-      if (piece >= pieces) piece -= pieces, ++at;
-    }
-  }
-
-  __device__ __forceinline__ void issue() {
-    unsigned char* target = ring + slot * kSlotBytes;
-    if (++slot == p.slots) slot = 0;
-    while (layer < p.num_layers) {
-      if (phase == kAttentionPhase) {
-        if (left > 0) {
-          const StepRow& info = step_rows[row];
-          const bool streamed = tile < info.tiles;
-          if (streamed) {
-            const int first = info.first_key + tile * kTileKeys, pieces = p.head_dim / 8;
-            const int64_t offset = info.cache_offset + head * p.cache_strides.head +
-                                   first * p.cache_strides.token;
-            const Range valid = {info.start - first, info.length - first};
-            const bool both = p.head_dim <= kSharedTileHeadDim;
-            const StreamedLayer& sources = table[layer];
-            if (!values_next) {
-              copy_rows<false>(target, static_cast<const T*>(sources.source[phase]) + offset,
-                               p.cache_strides.token, pieces, kTileKeys, valid);
-            }
-            if (both || values_next) {
-              copy_rows<false>(target + (both ? kSlotBytes / 2 : 0),
-                               static_cast<const T*>(sources.source[kNumPhases]) + offset,
-                               p.cache_strides.token, pieces, kTileKeys, valid);
-            }
-            values_next = !both && !values_next;
-          }
-          if (!values_next) {
-            --left;
-            if (++tile > info.tiles) {
-              tile = 0;
-              if (++head == p.num_heads) head = 0, ++row;
-            }
-          }
-          if (streamed) break;
-          continue;
-        }
-      } else if (group < group_end) {
-        const int64_t pitch = p.products[phase].out_features;
-        const int count = min(slot_steps(groups) * kStepK, k_end - k);
-        copy_rows<true>(
-            target,
-            static_cast<const T*>(table[layer].source[phase]) + k * pitch + group * kGroupColumns,
-            pitch, groups, count, {});
-        k += count;
-        if (k == k_end) {
-          k = k_begin;
-          group += groups;
-          groups = tile_groups(group_end - group);
-        }
-        break;
-      }
-      next_phase();
-    }
-    copy_async_commit();
+  __device__ __forceinline__ int block_of(int unit) const {
+    return static_cast<int>(((unit + 1u) * blocks - 1u) / total);
   }
 };
+
+struct UnitCursor {
+  int row, head, tile, left;
+
+  // A warp's first unit.
+  __device__ __forceinline__ UnitCursor(const AttentionUnits& units, const StepRow* rows,
+                                        int row_count, int warp) {
+    const int begin = units.begin(blockIdx.x), count = units.begin(blockIdx.x + 1) - begin;
+    const int unit = begin + count * warp / kStepWarps;
+    left = begin + count * (warp + 1) / kStepWarps - unit;
+    row = 0;
+    while (row + 1 < row_count && rows[row + 1].first_unit <= unit) ++row;
+    const int units_per_head = rows[row].tiles + 1, local = unit - rows[row].first_unit;
+    head = local / units_per_head;
+    tile = local - head * units_per_head;
+  }
+};
+
+__device__ __forceinline__ void slot_barrier_init(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
+               : "memory");
+}
+
+__device__ __forceinline__ void slot_barrier_wait(uint32_t barrier, int parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "wait:\n"
+      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@done bra.uni ready;\n"
+      "bra.uni wait;\n"
+      "ready:\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+#endif
+}
+
+// The ring of one consumer warp and the producer warp that fills it. Both walk the same sequence of
+// slots: every product's columns and k, every layer's past keys. That depends on nothing that the
+// step computes, so the producer runs ahead and the ring stays full across barriers.
+struct SlotRing {
+  unsigned char* slots;
+  uint32_t full, empty;  // shared addresses of the first of `count` barriers
+  int count;
+  int at = 0, parity = 0;
+
+  __device__ __forceinline__ SlotRing(unsigned char* data, const uint64_t* full_barriers,
+                                      const uint64_t* empty_barriers, int slot_count)
+      : slots(data),
+        full(shared_address(full_barriers)),
+        empty(shared_address(empty_barriers)),
+        count(slot_count) {}
+
+  __device__ __forceinline__ unsigned char* data() const { return slots + at * kSlotBytes; }
+  __device__ __forceinline__ void advance() {
+    if (++at == count) at = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ void wait_full() const { slot_barrier_wait(full + 8 * at, parity); }
+  __device__ __forceinline__ void wait_empty() const {
+    slot_barrier_wait(empty + 8 * at, parity ^ 1);
+  }
+  // Consumer: the warp has read the slot.
+  __device__ __forceinline__ void release() {
+    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0) {
+      asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(empty + 8 * at) : "memory");
+    }
+    advance();
+  }
+  // Producer: the slot is full once this lane's copies have come (each lane counts).
+  __device__ __forceinline__ void publish() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full + 8 * at)
+                 : "memory");
+#endif
+    advance();
+  }
+};
+
+// `count` rows of 16 * pieces bytes by a warp. Rows outside `valid` become zeros; kPermute is for
+// weights, whose rows are all valid.
+template <bool kPermute, typename T>
+__device__ __forceinline__ void copy_rows(unsigned char* target, const T* source, int64_t stride,
+                                          int pieces, int count, Range valid) {
+  const int lane = threadIdx.x % kWarpSize;
+  const float reciprocal = __frcp_rn(static_cast<float>(pieces));
+  const int row_step = static_cast<int>((kWarpSize + 0.5f) * reciprocal),
+            piece_step = kWarpSize - row_step * pieces;
+  int at = static_cast<int>((lane + 0.5f) * reciprocal), piece = lane - at * pieces;
+  const Swizzle swizzle(pieces);
+#pragma unroll 2
+  while (at < count) {
+    const int place = kPermute ? permuted_row(at) : at;
+    const bool real = kPermute || (at >= valid.begin && at < valid.end);
+    copy_async_16(target + (place * pieces + (piece ^ swizzle(place))) * kVectorBytes,
+                  source + (real ? at * stride : 0) + piece * kGroupColumns, real);
+    at += row_step;
+    piece += piece_step;
+    if (piece >= pieces) piece -= pieces, ++at;
+  }
+}
+
+// A producer warp: streams its consumer's whole share of the step.
+template <typename T>
+__device__ __forceinline__ void produce(const StepParams<T>& p, const StreamedLayer* table,
+                                        const StepRow* rows, const UnitCursor& first_unit, int warp,
+                                        SlotRing ring) {
+  const int head_pieces = p.head_dim / kGroupColumns;
+  const bool both = p.head_dim <= kSharedTileHeadDim;
+  int shift = 0;
+  for (int layer = 0; layer < p.num_layers; ++layer) {
+    for (int phase = 0; phase < kNumPhases; ++phase) {
+      const T* source = static_cast<const T*>(table[layer].source[phase]);
+      if (phase == kAttentionPhase) {
+        const T* values = static_cast<const T*>(table[layer].source[kNumPhases]);
+        UnitCursor unit = first_unit;
+        for (; unit.left > 0; --unit.left) {
+          const StepRow& info = rows[unit.row];
+          if (unit.tile < info.tiles) {
+            const int first = info.first_key + unit.tile * kTileKeys;
+            const int64_t offset = info.cache_offset + unit.head * p.cache_strides.head +
+                                   first * p.cache_strides.token;
+            const Range valid = {info.start - first, info.length - first};
+            ring.wait_empty();
+            copy_rows<false>(ring.data(), source + offset, p.cache_strides.token, head_pieces,
+                             kTileKeys, valid);
+            if (!both) {
+              ring.publish();
+              ring.wait_empty();
+            }
+            copy_rows<false>(ring.data() + (both ? kSlotBytes / 2 : 0), values + offset,
+                             p.cache_strides.token, head_pieces, kTileKeys, valid);
+            ring.publish();
+          }
+          if (++unit.tile > info.tiles) {
+            unit.tile = 0;
+            if (++unit.head == p.num_heads) unit.head = 0, ++unit.row;
+          }
+        }
+        continue;
+      }
+      const ProductShape& shape = p.products[phase];
+      const Range owned = next_groups(shape, shift), ks = warp_k(shape.in_features, warp);
+      const int64_t pitch = shape.out_features;
+      for (int group = owned.begin; group < owned.end;) {
+        const int groups = tile_groups(owned.end - group), slot_k = slot_steps(groups) * kStepK;
+        for (int k = ks.begin; k < ks.end; k += slot_k) {
+          ring.wait_empty();
+          copy_rows<true>(ring.data(), source + k * pitch + group * kGroupColumns, pitch, groups,
+                          min(slot_k, ks.end - k), {});
+          ring.publish();
+        }
+        group += groups;
+      }
+    }
+  }
+}
 
 }  // namespace eet_patch::cuda

@@ -18,7 +18,7 @@
 namespace eet_patch::cuda {
 namespace {
 
-constexpr uint32_t kListCapacity = 8192;
+constexpr uint32_t kListCapacity = 16384;
 constexpr int kSharedListCapacity = 4096;
 // A block lists this many candidates more than it must where that saves a round of its search.
 constexpr int kSlack = 16;
@@ -200,9 +200,8 @@ struct RowSource {
   template <typename F>
   __device__ __forceinline__ void operator()(F f) const {
     for (int chunk = 0; chunk * kTokensPerBlock < row.vocab_size; ++chunk) {
-      float logits[kTokensPerThread];
+      const ChunkLogits logits = load_chunk(row, chunk);
       uint32_t keys[kTokensPerThread];
-      load_logits(row, chunk, logits);
       chunk_keys(row, chunk, logits, shared, keys);
 #pragma unroll
       for (int i = 0; i < kTokensPerThread; ++i) {
@@ -258,9 +257,8 @@ __global__ void __launch_bounds__(kSelectThreads) max_score_kernel(const SelectP
   release_dependents();
   const RowStep step = load_step(p.args);
   const RowScores<T> row = row_scores<T>(p.args, step);
-  float logits[kTokensPerThread];
+  const ChunkLogits logits = load_chunk(row, blockIdx.x);
   uint32_t keys[kTokensPerThread];
-  load_logits(row, blockIdx.x, logits);
   if (pass_finished_row(p.args, step, kCommits)) return;
   chunk_keys(row, blockIdx.x, logits, shared, keys);
   Candidate best = 0;
@@ -288,8 +286,7 @@ __global__ void __launch_bounds__(kSelectThreads)
   release_dependents();
   const RowStep step = load_step(p.args);
   const RowScores<T> row = row_scores<T>(p.args, step);
-  float logits[kTokensPerThread];
-  load_logits(row, blockIdx.x, logits);
+    const ChunkLogits logits = load_chunk(row, blockIdx.x);
   if (pass_finished_row(p.args, step, true)) return;
   SampleState& state = sample_state(p);
   const float* noise = p.args.noise + step.slot * p.args.vocab_size;
@@ -344,9 +341,8 @@ __global__ void __launch_bounds__(kSelectThreads) top_p_bin_kernel(const SelectP
   release_dependents();
   const RowStep step = load_step(p.args);
   const RowScores<T> row = row_scores<T>(p.args, step);
-  float logits[kTokensPerThread];
+  const ChunkLogits logits = load_chunk(row, blockIdx.x);
   uint32_t keys[kTokensPerThread];
-  load_logits(row, blockIdx.x, logits);
   for (int bin = threadIdx.x; bin < kDistanceBins; bin += kSelectThreads) low[bin] = high[bin] = 0;
   chunk_keys(row, blockIdx.x, logits, shared, keys);
   wait_for_predecessor();
@@ -398,9 +394,8 @@ __global__ void __launch_bounds__(kSelectThreads) sample_token_kernel(const Sele
   release_dependents();
   const RowStep step = load_step(p.args);
   const RowScores<T> row = row_scores<T>(p.args, step);
-  float logits[kTokensPerThread];
+  const ChunkLogits logits = load_chunk(row, blockIdx.x);
   uint32_t keys[kTokensPerThread];
-  load_logits(row, blockIdx.x, logits);
   chunk_keys(row, blockIdx.x, logits, shared, keys);
   wait_for_predecessor();
   if (pass_finished_row(p.args, step, true)) return;

@@ -76,19 +76,48 @@ struct RowScores {
   float offset;  // added last
 };
 
-// The logits of a chunk: thread t has tokens first + t, first + t + kSelectThreads, ...
+// What a thread reads of a chunk: of tokens first + t, first + t + kSelectThreads, ... for thread t.
+struct ChunkLogits {
+  float logits[kTokensPerThread];
+  uint32_t seen;  // bit i: of the i-th
+};
+
 template <typename T>
-__device__ __forceinline__ void load_logits(const RowScores<T>& row, int chunk,
-                                            float (&logits)[kTokensPerThread]) {
+__device__ __forceinline__ ChunkLogits load_chunk(const RowScores<T>& row, int chunk) {
+  const int first = chunk * kTokensPerBlock + threadIdx.x;
+  T logits[kTokensPerThread];
 #pragma unroll
   for (int i = 0; i < kTokensPerThread; ++i) {
-    const int token = chunk * kTokensPerBlock + i * kSelectThreads + threadIdx.x;
-    logits[i] = token < row.vocab_size ? to_float(row.logits[token]) : 0.0f;
+    const int token = first + i * kSelectThreads;
+    logits[i] = token < row.vocab_size ? row.logits[token] : T(0.0f);
   }
+  ChunkLogits loaded;
+  loaded.seen = 0;
+  if (row.seen != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kTokensPerThread; ++i) {
+      const int token = first + i * kSelectThreads;
+      if (token < row.vocab_size) loaded.seen |= (row.seen[token / 32] >> (token % 32) & 1u) << i;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kTokensPerThread; ++i) loaded.logits[i] = to_float(logits[i]);
+  return loaded;
 }
 
-__device__ __forceinline__ void suppress(SelectShared& shared, int chunk, const int64_t* tokens,
-                                         int count) {
+// Which of a thread's tokens are in a short list: bit i for the i-th.
+__device__ __forceinline__ uint32_t own_tokens(int chunk, const int64_t* tokens, int count) {
+  uint32_t own = 0;
+  for (int i = 0; i < count; ++i) {
+    const int64_t place = tokens[i] - int64_t(chunk) * kTokensPerBlock;
+    if (place >= 0 && place < kTokensPerBlock && place % kSelectThreads == threadIdx.x)
+      own |= 1u << (place / kSelectThreads);
+  }
+  return own;
+}
+
+__device__ __forceinline__ void mark_tokens(SelectShared& shared, int chunk, const int64_t* tokens,
+                                            int count) {
   for (int i = threadIdx.x; i < count; i += kSelectThreads) {
     const int64_t place = tokens[i] - int64_t(chunk) * kTokensPerBlock;
     if (place >= 0 && place < kTokensPerBlock)
@@ -96,36 +125,49 @@ __device__ __forceinline__ void suppress(SelectShared& shared, int chunk, const 
   }
 }
 
+// The thread's suppressed tokens. Up to kShortList of them every thread looks through them all,
+// which needs no barrier. Every thread of the block calls.
+template <typename T>
+__device__ __forceinline__ uint32_t suppressed_tokens(const RowScores<T>& row, int chunk,
+                                                      SelectShared& shared) {
+  constexpr int kShortList = 16;
+  if (row.num_eos + row.num_suppressed <= kShortList) {
+    return own_tokens(chunk, row.suppressed_tokens, row.num_suppressed) |
+           own_tokens(chunk, row.eos_token_ids, row.num_eos);
+  }
+  __syncthreads();  // the bits of the chunk before are read
+  if (threadIdx.x < kTokensPerBlock / 32) shared.suppressed[threadIdx.x] = 0;
+  __syncthreads();
+  mark_tokens(shared, chunk, row.suppressed_tokens, row.num_suppressed);
+  mark_tokens(shared, chunk, row.eos_token_ids, row.num_eos);
+  __syncthreads();
+  uint32_t own = 0;
+#pragma unroll
+  for (int i = 0; i < kTokensPerThread; ++i) {
+    const int place = i * kSelectThreads + threadIdx.x;
+    own |= (shared.suppressed[place / 32] >> (place % 32) & 1u) << i;
+  }
+  return own;
+}
+
 // Keys of a chunk's scores, 0 past the row's end. Every thread of the block calls. No fused
 // multiply-add here or where keys are read: a score must come out the same in every kernel.
 template <typename T>
 __device__ __forceinline__ void chunk_keys(const RowScores<T>& row, int chunk,
-                                           const float (&logits)[kTokensPerThread],
-                                           SelectShared& shared,
+                                           const ChunkLogits& loaded, SelectShared& shared,
                                            uint32_t (&keys)[kTokensPerThread]) {
-  const bool any_suppressed = row.num_suppressed > 0 || row.num_eos > 0;
-  if (any_suppressed) {
-    __syncthreads();  // the bits of the chunk before are read
-    if (threadIdx.x < kTokensPerBlock / 32) shared.suppressed[threadIdx.x] = 0;
-    __syncthreads();
-    suppress(shared, chunk, row.suppressed_tokens, row.num_suppressed);
-    suppress(shared, chunk, row.eos_token_ids, row.num_eos);
-    __syncthreads();
-  }
+  const uint32_t suppressed = suppressed_tokens(row, chunk, shared);
 #pragma unroll
   for (int i = 0; i < kTokensPerThread; ++i) {
-    const int place = i * kSelectThreads + threadIdx.x;
-    const int token = chunk * kTokensPerBlock + place;
-    keys[i] = 0;
-    if (token >= row.vocab_size) continue;
-    float score = __fsub_rn(__fsub_rn(logits[i], row.max_logit), row.log_sum);
-    if (row.seen != nullptr && (row.seen[token / 32] >> (token % 32) & 1u)) {
+    const int token = chunk * kTokensPerBlock + i * kSelectThreads + threadIdx.x;
+    float score = __fsub_rn(__fsub_rn(loaded.logits[i], row.max_logit), row.log_sum);
+    if (loaded.seen >> i & 1u) {
       score = score < 0.0f ? __fmul_rn(score, row.repetition_penalty)
                            : __fdiv_rn(score, row.repetition_penalty);
     }
-    if (any_suppressed && (shared.suppressed[place / 32] >> (place % 32) & 1u)) score = -INFINITY;
+    if (suppressed >> i & 1u) score = -INFINITY;
     if (row.temperature != 1.0f) score = __fdiv_rn(score, row.temperature);
-    keys[i] = order_key(__fadd_rn(score, row.offset));
+    keys[i] = token < row.vocab_size ? order_key(__fadd_rn(score, row.offset)) : 0;
   }
 }
 
@@ -251,20 +293,23 @@ __device__ Candidate find_threshold(ForEach for_each, Mass target, Mass slack,
   }
 }
 
-// Appends the candidates that `wanted` picks out of a thread's kTokensPerThread to a list in global
-// memory, in no order; what is past its capacity is counted and not written.
-template <typename Wanted>
-__device__ __forceinline__ void append(const Candidate (&candidates)[kTokensPerThread],
-                                       Wanted wanted, Candidate* list, uint32_t* list_size,
-                                       uint32_t capacity, SelectShared& shared) {
+// Appends the candidates from `lowest` on, out of a thread's kTokensPerThread, to a list in global
+// memory, in no order; what is past its capacity is counted and not written. Does nothing and
+// returns false if the block has more than `limit` of them.
+__device__ __forceinline__ bool append(const Candidate (&candidates)[kTokensPerThread],
+                                       Candidate lowest, Candidate* list, uint32_t* list_size,
+                                       uint32_t capacity, uint32_t limit, SelectShared& shared) {
   __syncthreads();
   if (threadIdx.x == 0) shared.count = 0;
   __syncthreads();
   uint32_t places[kTokensPerThread];
 #pragma unroll
-  for (int i = 0; i < kTokensPerThread; ++i)
-    places[i] = wanted(candidates[i]) ? atomicAdd(&shared.count, 1u) : ~0u;
+  for (int i = 0; i < kTokensPerThread; ++i) {
+    const bool wanted = candidates[i] >= lowest && candidates[i] != 0;
+    places[i] = wanted ? atomicAdd(&shared.count, 1u) : ~0u;
+  }
   __syncthreads();
+  if (shared.count > limit) return false;
   if (threadIdx.x == 0 && shared.count > 0) shared.offset = atomicAdd(list_size, shared.count);
   __syncthreads();
 #pragma unroll
@@ -272,6 +317,27 @@ __device__ __forceinline__ void append(const Candidate (&candidates)[kTokensPerT
     if (places[i] != ~0u && shared.offset + places[i] < capacity)
       list[shared.offset + places[i]] = candidates[i];
   }
+  return true;
+}
+
+// The count-th largest of the warps' largest candidates, for count <= kSelectWarps. The block has
+// at least `count` candidates from there on, and seldom many more.
+__device__ __forceinline__ Candidate guess_threshold(
+    const Candidate (&candidates)[kTokensPerThread], int count, SelectShared& shared) {
+  Candidate largest = 0;
+#pragma unroll
+  for (int i = 0; i < kTokensPerThread; ++i)
+    largest = candidates[i] > largest ? candidates[i] : largest;
+  largest = warp_max(largest);
+  __syncthreads();
+  if (threadIdx.x % kWarpSize == 0) shared.largest[threadIdx.x / kWarpSize] = largest;
+  __syncthreads();
+  const Candidate own = shared.largest[threadIdx.x % kSelectWarps];
+  int above = 0;
+#pragma unroll
+  for (int warp = 0; warp < kSelectWarps; ++warp) above += shared.largest[warp] > own;
+  // Less than `count` above: among those the smallest is the one. Warps without candidates are 0.
+  return warp_min(above < count ? own : ~Candidate(0));
 }
 
 // Whether this block is the last of its row's gridDim.x to come here; it then sees what the others
