@@ -64,6 +64,11 @@ class Operands {
     return copy(host);
   }
   int64_t* integers(const std::vector<int64_t>& host) { return static_cast<int64_t*>(copy(host)); }
+  template <typename V>
+  V* values(const std::vector<V>& host) {
+    return static_cast<V*>(copy(host));
+  }
+  void* zeros(int64_t count) { return copy(std::vector<uint8_t>(count)); }
   // Each 0 or 1: a bool mask, or a workspace.
   void* bytes(int64_t count) {
     std::vector<uint8_t> host(count);
@@ -259,6 +264,133 @@ void run_ffn(DType dtype, int64_t rows, int64_t size, bool in_out, NormPlacement
   call("ffn", cuda::ffn, args);
 }
 
+// Rows of different length and padding; `scattered` reads the past of beams from other cache rows.
+void run_decode_layers(DType dtype, int rows, int64_t heads, int64_t head_dim, bool in_out,
+                       bool scattered) {
+  constexpr int64_t kCapacity = 200, kLayers = 2;
+  const int64_t size = heads * head_dim, inner = 4 * size;
+  Operands memory(dtype);
+  DecodeLayersArgs args = {};
+  std::vector<DecodeLayer> layers(kLayers);
+  for (DecodeLayer& layer : layers) {
+    const auto vector = [&](int64_t count) { return memory.elements(count); };
+    layer = {vector(size), vector(size)};
+    layer.qkv_weight[0] = vector(3 * size * size);
+    layer.qkv_bias[0] = vector(3 * size);
+    layer.out_weight = vector(size * size);
+    layer.out_bias = vector(size);
+    layer.norm2_weight = vector(size);
+    layer.norm2_bias = vector(size);
+    layer.fc1_weight = vector(size * inner);
+    layer.fc1_bias = vector(inner);
+    layer.fc2_weight = vector(size * inner);
+    layer.fc2_bias = vector(size);
+    layer.key_cache = vector((rows + 1) * size * kCapacity);
+    layer.value_cache = vector((rows + 1) * size * kCapacity);
+    layer.softmax_scale = kSoftmaxScale;
+  }
+  std::vector<int32_t> lengths(rows), starts(rows), slots(rows);
+  for (int row = 0; row < rows; ++row) {
+    lengths[row] = (row * 67 + 199) % kCapacity;
+    starts[row] = row % 2 == 0 ? 0 : lengths[row] / 3;
+    slots[row] = rows - row;
+  }
+  args.out = memory.elements(rows * size);
+  args.hidden_states = args.out;
+  args.layers = layers.data();
+  args.device_layers = memory.values(layers);
+  args.lengths = memory.values(lengths);
+  args.kv_start = memory.values(starts);
+  args.cache_rows = memory.values(slots);
+  if (scattered) args.key_rows = memory.values(std::vector<int32_t>(rows * kCapacity, 0));
+  args.cache_strides = {size * kCapacity, kCapacity * head_dim, head_dim};
+  args.capacity = args.max_kv_len = kCapacity;
+  args.rows = rows;
+  args.num_layers = kLayers;
+  args.num_heads = heads;
+  args.head_dim = head_dim;
+  args.intermediate_size = inner;
+  args.num_qkv_weights = 1;
+  args.in_out = in_out;
+  args.norm_eps = kEps;
+  args.activation = Activation::kGeluTanh;
+  args.dtype = dtype;
+  args.workspace_bytes = cuda::decode_layers_workspace_bytes(args);
+  args.workspace = memory.zeros(args.workspace_bytes);
+  call("decode_layers", cuda::decode_layers, args);
+  call("decode_layers", cuda::decode_layers, args);  // over the state that the first one left
+}
+
+void run_select_token(DType dtype, int rows, int64_t vocab_size, bool sample, int64_t top_k,
+                      float top_p) {
+  constexpr int64_t kTokens = 12;
+  Operands memory(dtype);
+  const std::vector<int32_t> state(rows, 3);
+  SelectTokenArgs args = {};
+  args.logits = memory.elements(rows * vocab_size);
+  args.logits_stride = vocab_size;
+  args.tokens = memory.integers(std::vector<int64_t>(rows * kTokens));
+  args.tokens_stride = kTokens;
+  args.input_ids = memory.integers(std::vector<int64_t>(rows));
+  args.position_ids = memory.integers(std::vector<int64_t>(rows));
+  args.lengths = memory.values(state);
+  args.finished = memory.values(std::vector<uint8_t>(rows));
+  args.unfinished_count = memory.values(std::vector<int32_t>{rows});
+  args.seen = memory.values(std::vector<uint32_t>(rows * ((vocab_size + 31) / 32), 5u));
+  args.eos_token_ids = memory.integers({0, vocab_size - 1});
+  args.suppressed_tokens = memory.integers({vocab_size / 2});
+  args.num_eos = 2;
+  args.num_suppressed = vocab_size > 3;
+  if (sample) args.noise = memory.values(std::vector<float>(rows * vocab_size, 0.5f));
+  args.rows = rows;
+  args.vocab_size = vocab_size;
+  args.top_k = top_k;
+  args.repetition_penalty = 1.2f;
+  args.temperature = 0.8f;
+  args.top_p = top_p;
+  args.min_p = 0.01f;
+  args.dtype = dtype;
+  args.workspace_bytes = cuda::select_token_workspace_bytes(args);
+  args.workspace = memory.zeros(args.workspace_bytes);
+  for (int step = 0; step < 2; ++step) call("select_token", cuda::select_token, args);
+
+  TopCandidatesArgs candidates = {};
+  candidates.count = 4 < vocab_size ? 4 : vocab_size;
+  candidates.scores = memory.values(std::vector<float>(rows * candidates.count));
+  candidates.tokens = memory.values(std::vector<int32_t>(rows * candidates.count));
+  candidates.logits = args.logits;
+  candidates.logits_stride = vocab_size;
+  candidates.row_scores = memory.values(std::vector<float>(rows, -1.0f));
+  candidates.lengths = args.lengths;
+  candidates.seen = args.seen;
+  candidates.rows = rows;
+  candidates.vocab_size = vocab_size;
+  candidates.repetition_penalty = 1.2f;
+  candidates.dtype = dtype;
+  candidates.workspace_bytes = cuda::top_candidates_workspace_bytes(candidates);
+  candidates.workspace = memory.zeros(candidates.workspace_bytes);
+  call("top_candidates", cuda::top_candidates, candidates);
+}
+
+void run_all_generation(DType dtype, bool small) {
+  for (int rows : {1, 3, 8, 16, 33})
+    for (bool in_out : {true, false})
+      for (bool scattered : {false, true}) {
+        if (small && (rows > 8 || (scattered && !in_out))) continue;
+        run_decode_layers(dtype, rows, 2, 64, in_out, scattered);
+        run_decode_layers(dtype, rows, 2, 20, in_out, scattered);
+        if (!small) run_decode_layers(dtype, rows, 4, 80, in_out, scattered);
+      }
+  for (int rows : {1, 5})
+    for (int64_t vocab_size : {31, 5000, 50257}) {
+      if (small && vocab_size > 5000) continue;
+      run_select_token(dtype, rows, vocab_size, false, 0, 1.0f);
+      run_select_token(dtype, rows, vocab_size, true, 7, 0.9f);
+      run_select_token(dtype, rows, vocab_size, true, 0, 0.9f);
+      run_select_token(dtype, rows, vocab_size, true, 0, 1.0f);
+    }
+}
+
 void run_all_row_ops(DType dtype, bool small) {
   for (int64_t size : {1, 7, 64, 768, 1023, 4096, 9001})
     for (int64_t rows : {1, 5, 300}) {
@@ -315,6 +447,7 @@ int main(int argc, char** argv) {
     run_all_linear(dtype, small);
     run_all_attention(dtype, small);
     run_all_blocks(dtype);
+    run_all_generation(dtype, small);
   }
   return summarize();
 }

@@ -63,6 +63,7 @@ __device__ __forceinline__ void normalise_step_row(const T* source, const T* wei
 #pragma unroll
       for (int j = 0; j < kVector; ++j) sum += values[j];
     }
+#pragma unroll 1
     for (int vector = rest; vector < vectors; vector += stride) {
       load_rest(vector);
       count += kVector;
@@ -82,6 +83,7 @@ __device__ __forceinline__ void normalise_step_row(const T* source, const T* wei
 #pragma unroll
       for (int j = 0; j < kVector; ++j) squares += (values[j] - mean) * (values[j] - mean);
     }
+#pragma unroll 1
     for (int vector = rest; vector < vectors; vector += stride) {
       load_rest(vector);
 #pragma unroll
@@ -94,8 +96,10 @@ __device__ __forceinline__ void normalise_step_row(const T* source, const T* wei
     sync_consumers();
     const Moments* parts = moments + (warp & ~(warps - 1));
     float row_mean = 0.0f;
+#pragma unroll 1
     for (int i = 0; i < warps; ++i) row_mean += parts[i].mean * (parts[i].count / size);
     squares = 0.0f;
+#pragma unroll 1
     for (int i = 0; i < warps; ++i) {
       const float distance = parts[i].mean - row_mean;
       squares += parts[i].squares + parts[i].count * distance * distance;
@@ -117,6 +121,7 @@ __device__ __forceinline__ void normalise_step_row(const T* source, const T* wei
     unpack_vector<T>(held[i], values);
     finish(first + i * stride);
   }
+#pragma unroll 1
   for (int vector = rest; vector < vectors; vector += stride) {
     load_rest(vector);
     finish(vector);
@@ -140,6 +145,7 @@ __device__ __forceinline__ void prefetch_parameters(const StepParams<T>& p, int 
   if (threadIdx.x == 2) size *= 3;
   if (threadIdx.x == 6) size = p.intermediate_size;
   if (array == nullptr) return;
+#pragma unroll 1
   for (int64_t at = int64_t(blockIdx.x) * kLine; at < int64_t(size) * sizeof(T);
        at += int64_t(gridDim.x) * kLine) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(array) + at));
@@ -173,6 +179,7 @@ __global__ void __launch_bounds__(2 * kStepThreads, 1)
     slot_barrier_init(full + threadIdx.x, kWarpSize);
     slot_barrier_init(empty + threadIdx.x, 1);
   }
+#pragma unroll 1
   for (int i = threadIdx.x; i < p.num_layers; i += blockDim.x) {
     const DecodeLayer& layer = p.layers[i];
     table[i] = {{layer.qkv_weight[0], layer.key_cache, layer.out_weight, layer.fc1_weight,
@@ -194,6 +201,7 @@ __global__ void __launch_bounds__(2 * kStepThreads, 1)
   prefetch_parameters(p, 0);
   __syncthreads();
   AttentionUnits units = {0, 0};
+#pragma unroll 1
   for (int row = 0; row < p.rows; ++row) {
     if (threadIdx.x == 0) step_rows[row].first_unit = units.total;
     units.total += p.num_heads * (step_rows[row].tiles + 1);
@@ -214,9 +222,11 @@ __global__ void __launch_bounds__(2 * kStepThreads, 1)
   GridBarrier barrier{p.barrier};
   const int warps_per_row = p.rows == 1 ? 8 : p.rows == 2 ? 4 : p.rows <= 4 ? 2 : 1;
   int shift = 0;
+#pragma unroll 1
   for (int layer_index = 0; layer_index < p.num_layers; ++layer_index) {
     const DecodeLayer& layer = p.layers[layer_index];
     const T* const before = layer_index == 0 ? p.hidden_states : p.state;
+#pragma unroll 1
     for (int phase = 0; phase < kNumPhases; ++phase) {
       if (phase == kAttentionPhase) {
         barrier.wait();
@@ -272,6 +282,7 @@ __global__ void __launch_bounds__(2 * kStepThreads, 1)
         const T* source = phase == kQkvPhase ? before : p.middle;
         const int warps = from_panel ? warps_per_row : kStepWarps;
         const int end = from_panel ? p.rows : min(p.rows, static_cast<int>(blockIdx.x) + 1);
+#pragma unroll 1
         for (int first = from_panel ? 0 : blockIdx.x; first < end; first += kStepWarps / warps) {
           const int row = first + warp / warps;
           const bool active = row < end;
@@ -312,6 +323,7 @@ __global__ void __launch_bounds__(2 * kStepThreads, 1)
         }
       };
 
+#pragma unroll 1
       for (int group = owned.begin; group < owned.end;) {
         const int groups = tile_groups(owned.end - group), columns = groups * kGroupColumns;
         const int first_column = group * kGroupColumns, per_slot = slot_steps(groups);
@@ -336,6 +348,7 @@ __global__ void __launch_bounds__(2 * kStepThreads, 1)
 
         float c[kMaxTileGroups][4] = {};
         const int swizzle = Swizzle(groups)(lane);
+#pragma unroll 1
         for (int first = 0; first < steps; first += kAhead) {
 #pragma unroll
           for (int i = 0; i < kAhead; ++i)

@@ -194,21 +194,26 @@ template <typename T>
 __device__ __forceinline__ void merge_entries(const StepParams<T>& p, const HeadEntries& entries) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int stride = p.head_dim + kPartialExtra;
+#pragma unroll 1
   for (int first = 2 * warp; first < 2 * warp + 2; ++first) {
     const int pair = entries.pair[first];
     bool owned = pair >= 0;
+#pragma unroll 1
     for (int entry = 0; entry < first; ++entry) owned = owned && entries.pair[entry] != pair;
     if (!owned) continue;
     float highest = -INFINITY;
+#pragma unroll 1
     for (int entry = first; entry < HeadEntries::kCount; ++entry) {
       if (entries.pair[entry] == pair)
         highest = fmaxf(highest, entries.values[entry * stride + p.head_dim]);
     }
     const float shift = highest == -INFINITY ? 0.0f : highest;
     float* target = p.partials + int64_t(pair + blockIdx.x) * stride;
+#pragma unroll 1
     for (int column = lane; column < p.head_dim + 2; column += kWarpSize) {
       if (column == p.head_dim) continue;  // the maximum
       float sum = 0.0f;
+#pragma unroll 1
       for (int entry = first; entry < HeadEntries::kCount; ++entry) {
         if (entries.pair[entry] != pair) continue;
         const float* values = entries.values + entry * stride;
@@ -228,6 +233,7 @@ __device__ __forceinline__ void combine_heads(const StepParams<T>& p, const Step
                                               int target_stride, int first, int step) {
   constexpr int kColumns = 4, kAtOnce = 4;
   const int stride = p.head_dim + kPartialExtra, items = p.hidden_size / kColumns;
+#pragma unroll 1
   for (int item = first; item < p.rows * items; item += step) {
     const int row = item / items, column = (item - row * items) * kColumns;
     const int head = column / p.head_dim, pair = row * p.num_heads + head;
@@ -236,6 +242,7 @@ __device__ __forceinline__ void combine_heads(const StepParams<T>& p, const Step
     const float* values = p.partials + int64_t(pair) * stride;
     const int offset = column - head * p.head_dim;
     float maximum = -INFINITY, total = 0.0f, sums[kColumns] = {};
+#pragma unroll 1
     for (int block = begin; block <= end; block += kAtOnce) {
       float4 parts[kAtOnce];
       float2 scales[kAtOnce];

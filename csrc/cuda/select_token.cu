@@ -20,8 +20,6 @@ namespace {
 
 constexpr uint32_t kListCapacity = 16384;
 constexpr int kSharedListCapacity = 4096;
-// A block lists this many candidates more than it must where that saves a round of its search.
-constexpr int kSlack = 16;
 
 // Bins of the distance d of a score below the largest: kBinsPerOctave for each doubling of d from
 // 2^kLowestOctave on, so flat and peaked distributions are told apart equally well. From d = 32 on
@@ -286,7 +284,7 @@ __global__ void __launch_bounds__(kSelectThreads)
   release_dependents();
   const RowStep step = load_step(p.args);
   const RowScores<T> row = row_scores<T>(p.args, step);
-    const ChunkLogits logits = load_chunk(row, blockIdx.x);
+  const ChunkLogits logits = load_chunk(row, blockIdx.x);
   if (pass_finished_row(p.args, step, true)) return;
   SampleState& state = sample_state(p);
   const float* noise = p.args.noise + step.slot * p.args.vocab_size;
@@ -300,16 +298,8 @@ __global__ void __launch_bounds__(kSelectThreads)
       const int token = blockIdx.x * kTokensPerBlock + i * kSelectThreads + threadIdx.x;
       candidates[i] = keys[i] == 0 ? 0 : make_candidate(keys[i], token);
     }
-    const Candidate threshold = find_threshold(
-        [&](auto f) {
-#pragma unroll
-          for (int i = 0; i < kTokensPerThread; ++i) f(candidates[i], 1);
-        },
-        p.args.top_k, kSlack, shared);
-    const uint32_t lowest_key = max(key_of(threshold), 1u);
-    append(
-        candidates, [&](Candidate candidate) { return key_of(candidate) >= lowest_key; },
-        state.list, &state.list_size, kListCapacity, shared);
+    append_largest<true>(candidates, static_cast<int>(p.args.top_k), state.list, &state.list_size,
+                         kListCapacity, shared);
     if (!is_last_block_of_row(&state.arrivals, shared)) return;
     size = state.list_size;
     __syncthreads();
@@ -422,9 +412,7 @@ __global__ void __launch_bounds__(kSelectThreads) sample_token_kernel(const Sele
     best = block_max(best, shared);
     if (threadIdx.x == 0) atomicMax(&state.best_sample, best);
     if (kTopP) {
-      append(
-          undecided, [](Candidate candidate) { return candidate != 0; }, state.list,
-          &state.list_size, kListCapacity, shared);
+      append(undecided, 1, state.list, &state.list_size, kListCapacity, ~0u, shared);
     }
   }
   if (!is_last_block_of_row(&state.arrivals, shared)) return;
@@ -464,7 +452,7 @@ cudaError_t launch_select_token(const SelectTokenArgs& args, cudaStream_t stream
   config.grid = dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(args.rows));
   if (args.noise == nullptr) return launch(config, max_score_kernel<T, true>, p);
   if (args.top_k > 0 && args.top_k < args.vocab_size) {
-    const bool lists = chunks * (args.top_k + kSlack) <= kListCapacity;
+    const bool lists = chunks * (args.top_k + kListSlack) <= kListCapacity;
     if (!lists) config.grid.x = 1;
     return launch(config, top_k_token_kernel<T>, p, lists);
   }

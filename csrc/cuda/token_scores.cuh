@@ -20,6 +20,8 @@ constexpr int kSelectWarps = kSelectThreads / kWarpSize;
 constexpr int kTokensPerThread = 8;
 // One block's share of a row. A multiple of 32, so that a warp reads one word of a bit set.
 constexpr int kTokensPerBlock = kSelectThreads * kTokensPerThread;
+// A block lists this many candidates more than it must where that saves a round of its search.
+constexpr int kListSlack = 16;
 constexpr int64_t kMaxVocabSize = 80 * kTokensPerBlock;
 constexpr int64_t kMaxSelectRows = 65535;  // gridDim.y
 
@@ -76,7 +78,8 @@ struct RowScores {
   float offset;  // added last
 };
 
-// What a thread reads of a chunk: of tokens first + t, first + t + kSelectThreads, ... for thread t.
+// What a thread reads of a chunk: of tokens first + t, first + t + kSelectThreads, ... for thread
+// t.
 struct ChunkLogits {
   float logits[kTokensPerThread];
   uint32_t seen;  // bit i: of the i-th
@@ -322,8 +325,8 @@ __device__ __forceinline__ bool append(const Candidate (&candidates)[kTokensPerT
 
 // The count-th largest of the warps' largest candidates, for count <= kSelectWarps. The block has
 // at least `count` candidates from there on, and seldom many more.
-__device__ __forceinline__ Candidate guess_threshold(
-    const Candidate (&candidates)[kTokensPerThread], int count, SelectShared& shared) {
+__device__ __forceinline__ Candidate
+guess_threshold(const Candidate (&candidates)[kTokensPerThread], int count, SelectShared& shared) {
   Candidate largest = 0;
 #pragma unroll
   for (int i = 0; i < kTokensPerThread; ++i)
@@ -338,6 +341,27 @@ __device__ __forceinline__ Candidate guess_threshold(
   for (int warp = 0; warp < kSelectWarps; ++warp) above += shared.largest[warp] > own;
   // Less than `count` above: among those the smallest is the one. Warps without candidates are 0.
   return warp_min(above < count ? own : ~Candidate(0));
+}
+
+// Appends the `count` largest of a block's candidates, or all if there are fewer, and maybe some
+// more; with kTies in any case those whose key is that of the last.
+template <bool kTies>
+__device__ __forceinline__ void append_largest(const Candidate (&candidates)[kTokensPerThread],
+                                               int count, Candidate* list, uint32_t* list_size,
+                                               uint32_t capacity, SelectShared& shared) {
+  constexpr Candidate kMask = kTies ? ~Candidate(0xffffffffu) : ~Candidate(0);
+  if (count <= kSelectWarps &&
+      append(candidates, guess_threshold(candidates, count, shared) & kMask, list, list_size,
+             capacity, count + kListSlack, shared)) {
+    return;
+  }
+  const Candidate threshold = find_threshold(
+      [&](auto f) {
+#pragma unroll
+        for (int i = 0; i < kTokensPerThread; ++i) f(candidates[i], 1);
+      },
+      count, kListSlack, shared);
+  append(candidates, threshold & kMask, list, list_size, capacity, ~0u, shared);
 }
 
 // Whether this block is the last of its row's gridDim.x to come here; it then sees what the others

@@ -8,8 +8,7 @@ namespace eet_patch::cuda {
 namespace {
 
 constexpr int kMaxBlocksPerRow = kMaxVocabSize / kTokensPerBlock;
-constexpr int kSlack = 16;  // a block lists so many more where that saves a round of its search
-constexpr uint32_t kListCapacity = kMaxBlocksPerRow * (kMaxCandidates + kSlack);
+constexpr uint32_t kListCapacity = kMaxBlocksPerRow * (kMaxCandidates + kListSlack);
 
 struct CandidateState {
   uint32_t arrivals, list_size;  // zero between calls
@@ -65,13 +64,12 @@ __global__ void __launch_bounds__(kSelectThreads)
   __shared__ float shared[kSelectWarps];
   release_dependents();
   const RowScores<T> row = row_scores<T>(args);
-  float logits[kTokensPerThread];
-  load_logits(row, blockIdx.x, logits);
-  float largest = -INFINITY;
+  const ChunkLogits loaded = load_chunk(row, blockIdx.x);
+  float logits[kTokensPerThread], largest = -INFINITY;
 #pragma unroll
   for (int i = 0; i < kTokensPerThread; ++i) {
     const int token = blockIdx.x * kTokensPerBlock + i * kSelectThreads + threadIdx.x;
-    if (token >= row.vocab_size) logits[i] = -INFINITY;
+    logits[i] = token < row.vocab_size ? loaded.logits[i] : -INFINITY;
     largest = fmaxf(largest, logits[i]);
   }
   largest = block_max(largest, shared);
@@ -93,11 +91,10 @@ template <typename T>
 __global__ void __launch_bounds__(kSelectThreads)
     top_candidates_kernel(const TopCandidatesArgs args) {
   __shared__ SelectShared shared;
-  __shared__ Candidate best[kMaxCandidates];
+  __shared__ Candidate best[kSelectThreads];
   release_dependents();
   RowScores<T> row = row_scores<T>(args);
-  float logits[kTokensPerThread];
-  load_logits(row, blockIdx.x, logits);
+  const ChunkLogits loaded = load_chunk(row, blockIdx.x);
   wait_for_predecessor();
 
   CandidateState& state = row_state(args);
@@ -113,39 +110,37 @@ __global__ void __launch_bounds__(kSelectThreads)
 
   uint32_t keys[kTokensPerThread];
   Candidate candidates[kTokensPerThread];
-  chunk_keys(row, blockIdx.x, logits, shared, keys);
+  chunk_keys(row, blockIdx.x, loaded, shared, keys);
 #pragma unroll
   for (int i = 0; i < kTokensPerThread; ++i) {
     const int token = blockIdx.x * kTokensPerBlock + i * kSelectThreads + threadIdx.x;
     candidates[i] = keys[i] == 0 ? 0 : lowest_token_first(keys[i], token);
   }
-  const Candidate lowest = max(find_threshold(
-                                   [&](auto f) {
-#pragma unroll
-                                     for (int i = 0; i < kTokensPerThread; ++i) f(candidates[i], 1);
-                                   },
-                                   args.count, kSlack, shared),
-                               Candidate(1));
-  append(
-      candidates, [&](Candidate candidate) { return candidate >= lowest; }, state.list,
-      &state.list_size, kListCapacity, shared);
+  append_largest<false>(candidates, static_cast<int>(args.count), state.list, &state.list_size,
+                        kListCapacity, shared);
   if (!is_last_block_of_row(&state.arrivals, shared)) return;
 
   const int size = static_cast<int>(state.list_size), count = static_cast<int>(args.count);
   auto source = [&](auto f) {
     for (int i = threadIdx.x; i < size; i += kSelectThreads) f(state.list[i], 1);
   };
-  const Candidate last = find_threshold(source, count, 1, shared);
+  // What a thread each can put in order needs no search.
+  const bool few = size <= kSelectThreads;
+  const Candidate lowest = few ? 1 : find_threshold(source, count, 1, shared);
+  __syncthreads();
   if (threadIdx.x == 0) shared.count = state.list_size = 0;
   __syncthreads();
   source([&](Candidate candidate, int) {
-    if (candidate >= last) best[atomicAdd(&shared.count, 1u)] = candidate;
+    if (candidate >= lowest) best[atomicAdd(&shared.count, 1u)] = candidate;
   });
   __syncthreads();
-  if (threadIdx.x >= count) return;
+  const int num_best = few ? size : count;
+  if (static_cast<int>(threadIdx.x) >= num_best) return;
   const Candidate own = best[threadIdx.x];
   int rank = 0;
-  for (int i = 0; i < count; ++i) rank += best[i] > own;
+#pragma unroll 8
+  for (int i = 0; i < num_best; ++i) rank += best[i] > own;
+  if (rank >= count) return;
   args.scores[blockIdx.y * args.count + rank] = score_of(key_of(own));
   args.tokens[blockIdx.y * args.count + rank] = token_of_lowest_first(own);
 }
