@@ -20,7 +20,7 @@ Status not_on_cpu(const Args&, const Context&) {
 #define EET_CUDA_BYTES(call) cuda::call
 #else
 #define EET_CUDA_ONLY(op) nullptr
-#define EET_CUDA_BYTES(call) 0
+#define EET_CUDA_BYTES(call) (static_cast<void>(args), int64_t{0})
 #endif
 
 void select_token(Address logits, int64_t logits_stride, Address slots, Address tokens,

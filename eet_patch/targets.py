@@ -4,7 +4,7 @@ shape is one row.
 
 from __future__ import annotations
 
-from eet_patch.adapters import bert, gpt2, gpt2_lm_head, gpt2_sample
+from eet_patch.adapters import bert, gpt2, gpt2_beam, gpt2_lm_head, gpt2_sample
 from eet_patch.patching import PatchTarget
 
 TRANSFORMERS = "transformers>=4.56,<5.24"
@@ -53,5 +53,12 @@ TARGETS: tuple[PatchTarget, ...] = (
         attribute="GPT2LMHeadModel._sample",
         requires=TRANSFORMERS,
         adapter=gpt2_sample.adapter,
+    ),
+    PatchTarget(
+        name="gpt2_beam_search",
+        module="transformers.models.gpt2.modeling_gpt2",
+        attribute="GPT2LMHeadModel._beam_search",
+        requires=TRANSFORMERS,
+        adapter=gpt2_beam.adapter,
     ),
 )

@@ -8,7 +8,7 @@
 //                  distance; then the token, with only what lies at the one distance where top_p is
 //                  reached undecided until the last block.
 // Probabilities are added as integers (multiples of 2^-42 of the largest), so every run gives the
-// same tokens. Only keeping sums is left of sorting: nothing here is sorted. Radix selection as in
+// same tokens. Nothing is sorted. Radix selection as in
 // Alabi et al. 2012, "Fast k-selection algorithms for graphics processing units"; sampling by
 // exponential noise as torch.multinomial does it.
 #include <cmath>

@@ -34,22 +34,28 @@ class _Look(NamedTuple):
             self.arrived.synchronize()
 
 
+def to_host(source: Tensor) -> Tensor:
+    """A copy on the host, which an event after it makes safe to read."""
+    if source.device.type == "cpu":
+        return source.clone()
+    target = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+    return target.copy_(source, non_blocking=True)
+
+
+def recorded(device: torch.device) -> Any:
+    """An event behind all that is queued, or None where nothing is."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 def _look(step: DecodeStep, steps: int, columns: tuple[int, int] | None) -> _Look:
     """Copies of `finished`, and of the columns of `tokens` that a streamer has not had yet."""
-
-    def to_host(source: Tensor) -> Tensor:
-        if source.device.type == "cpu":
-            return source.clone()
-        target = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-        return target.copy_(source, non_blocking=True)
-
     finished = to_host(step.finished)
     tokens = None if columns is None else to_host(step.tokens[:, columns[0] : columns[1]])
-    arrived = None
-    if step.device.type == "cuda":
-        arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(step.device))
-    return _Look(steps, finished, tokens, arrived)
+    return _Look(steps, finished, tokens, recorded(step.device))
 
 
 def decode_on_device(

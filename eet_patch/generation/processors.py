@@ -61,6 +61,16 @@ def stopping_of(criteria: Any) -> Stopping | str:
     return Stopping(max_length, eos)
 
 
+def unpenalised_tokens(processors: Any) -> Tensor | None:
+    """How many tokens at the start of each row the repetition penalty leaves out (padding, from
+    transformers 5.23 on), or None.
+    """
+    for processor in processors:
+        if _known(processor, _PROCESSORS) == "RepetitionPenaltyLogitsProcessor":
+            return getattr(processor, "prompt_ignore_length", None)
+    return None
+
+
 def selection_of(
     processors: Any, stopping: Stopping, sample: bool, pad_token_id: int | None, length: int
 ) -> Selection | str:
@@ -86,7 +96,8 @@ def selection_of(
         if rank >= 4 and processor.min_tokens_to_keep != 1:
             return f"min_tokens_to_keep of {name}"
         if name == "RepetitionPenaltyLogitsProcessor":
-            if getattr(processor, "prompt_ignore_length", None) is not None:
+            ignored = getattr(processor, "prompt_ignore_length", None)
+            if ignored is not None and not isinstance(ignored, Tensor):
                 return f"prompt_ignore_length of {name}"
             penalty = float(processor.penalty)
         elif name == "SuppressTokensLogitsProcessor":

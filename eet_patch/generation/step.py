@@ -110,6 +110,7 @@ class DecodeStep:
         self.hidden_states = like.new_empty(batch_size, hidden_size)
         self.logits = like.new_empty(batch_size, model.vocab_size)
         self.unshared_uses: list[int] = []  # of the caches' storages, for the pool
+        self.key_rows: Tensor | None = None  # of beams; see `decode_layers`
         self.seen: Tensor | None = None
         self.noise: Tensor | None = None
         self.eos_token_ids: Tensor | None = None
@@ -134,19 +135,26 @@ class DecodeStep:
                 self.tokens,
                 self.logits,
                 self._workspace,
-                *(t for t in (self.seen, self.noise) if t is not None),
+                *(t for t in (self.seen, self.noise, self.key_rows) if t is not None),
             )
         )
 
     def begin(
-        self, choice: Selection | None, kv_len: int, next_ids: Tensor, starts: Tensor
+        self,
+        choice: Selection | None,
+        kv_len: int,
+        next_ids: Tensor,
+        starts: Tensor,
+        next_positions: Tensor,
     ) -> None:
         """Sets the state before the first step: `kv_len` keys are there, and `next_ids`
-        (batch_size,) is the token to feed; `starts` (batch_size,) counts padding on the left.
+        (batch_size,) is the token to feed, at `next_positions`; `starts` counts padding on the
+        left.
         """
         self.lengths.fill_(kv_len)
         self.kv_start.copy_(starts)
         self.input_ids.copy_(next_ids)
+        self.position_ids.copy_(next_positions)
         torch.arange(self.batch_size, out=self.slots)
         self.finished.zero_()
         self.unfinished_count.fill_(self.batch_size)
@@ -160,8 +168,27 @@ class DecodeStep:
         if choice.sample and self.noise is None:
             self.noise = torch.empty(self.batch_size, vocab_size, device=self.device)
 
-    def note_seen(self, sequences: Tensor) -> None:
-        """Marks the tokens of `sequences` (batch_size, length) for the repetition penalty."""
+    def share_past(self, kv_len: int, beams: int) -> Tensor:
+        """From now on the past is read through `key_rows`, which is returned: the context stands in
+        the first cache row of each `beams` rows.
+        """
+        if self.key_rows is None:
+            self.key_rows = torch.empty(
+                self.batch_size, self.capacity, dtype=torch.int32, device=self.device
+            )
+        own = torch.arange(self.batch_size, dtype=torch.int32, device=self.device)[:, None]
+        self.key_rows[:] = own
+        self.key_rows[:, :kv_len] = own // beams * beams
+        return self.key_rows
+
+    def note_seen(self, sequences: Tensor, ignored: Tensor | None) -> None:
+        """Marks the tokens of `sequences` (batch_size, length) for the repetition penalty, but for
+        the first `ignored` (batch_size,) of each row.
+        """
+        if ignored is not None:
+            positions = torch.arange(sequences.shape[1], device=self.device)
+            hidden = positions < ignored.to(self.device)[:, None]
+            sequences = torch.where(hidden, sequences[:, -1:], sequences)
         vocab_size = self.logits.shape[1]
         packed = selection.seen_tokens(sequences.clamp(max=vocab_size - 1), vocab_size)
         if self.seen is None:
@@ -177,28 +204,32 @@ class DecodeStep:
             return torch.tensor(values, dtype=torch.int64, device=self.device)
         return held
 
-    def run(self, model: DecoderModel, rows: int, choice: Selection | None) -> None:
-        """One step of the first `rows` rows. Without a `choice` it ends with the logits."""
+    def run(
+        self, model: DecoderModel, rows: int, choice: Selection | None, shared: bool = False
+    ) -> None:
+        """One step of the first `rows` rows. Without a `choice` it ends with the logits. `shared`:
+        the past is read through `key_rows`.
+        """
         if choice is not None and choice.sample:
             # All slots, in one call a step, as torch.multinomial draws: the generator then is where
             # the host's own loop would have left it.
             assert self.noise is not None
             self.noise.exponential_()
         if not self._graphs_work:
-            self._run(model, rows, choice)
+            self._run(model, rows, choice, shared)
             return
-        key = (rows, choice, self.min_len)
+        key = (rows, choice, self.min_len, shared)
         graph = self._graphs.get(key)
         if graph is not None:
             graph.replay()
             return
-        self._run(model, rows, choice)  # also loads the kernels, which a capture must not
+        self._run(model, rows, choice, shared)  # also loads the kernels, which a capture must not
         if len(self._graphs) >= MAX_GRAPHS:
             self._graphs.clear()
         try:
             graph = decode.Graph(self.device)
             with graph:
-                self._run(model, rows, choice)
+                self._run(model, rows, choice, shared)
         except RuntimeError as error:
             self._graphs_work = False
             warnings.warn(
@@ -209,7 +240,7 @@ class DecodeStep:
         else:
             self._graphs[key] = graph
 
-    def _run(self, model: DecoderModel, rows: int, choice: Selection | None) -> None:
+    def _run(self, model: DecoderModel, rows: int, choice: Selection | None, shared: bool) -> None:
         hidden_states, logits = self.hidden_states[:rows], self.logits[:rows]
         where = place(hidden_states)
         vocab_size, hidden_size = model.head_weight.shape
@@ -245,7 +276,7 @@ class DecodeStep:
             hidden_states,
             self.kv_start,
             None if whole else self.slots,
-            None,
+            self.key_rows if shared else None,
             None,
         )
         extension().linear(

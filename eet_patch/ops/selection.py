@@ -1,8 +1,8 @@
 """The choice of tokens: the next token of every row, and the best continuations of every beam.
 
-Each op is here three times. The public function checks its arguments; `launch_...` does not, and is
-what a generation loop calls on buffers that it has made once; `torch_...` does the same in plain
-torch. That one serves the CPU, where a step's time is elsewhere, and is what tests compare with.
+The public functions check their arguments; `launch_...` do not, and are what a generation loop
+calls on buffers that it has made once. On the CPU, where a step's time is elsewhere, both run the
+`torch_...` of eet_patch/ops/torch_selection.py.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from eet_patch.ops.checks import (
     check_tensor,
 )
 from eet_patch.ops.launch import address
+from eet_patch.ops.torch_selection import WORD_BITS, torch_select_token, torch_top_candidates
 
 MAX_CANDIDATES = 64  # kMaxCandidates of csrc/ops.h
-_WORD_BITS = 32
 
 
 def runs_in_torch(logits: Tensor) -> bool:
+    """Whether these logits take no kernel of ours."""
     return logits.device.type == "cpu"
 
 
@@ -40,13 +41,11 @@ def seen_tokens(token_ids: Tensor, vocab_size: int) -> Tensor:
         (num_slots, ceil(vocab_size / 32)), int32: token t is bit t % 32 of word t // 32.
     """
     num_slots = token_ids.shape[0]
-    num_words = -(-vocab_size // _WORD_BITS)
-    seen = torch.zeros(
-        num_slots, num_words * _WORD_BITS, dtype=torch.int64, device=token_ids.device
-    )
+    num_words = -(-vocab_size // WORD_BITS)
+    seen = torch.zeros(num_slots, num_words * WORD_BITS, dtype=torch.int64, device=token_ids.device)
     seen.scatter_(1, token_ids, 1)
-    bits = torch.arange(_WORD_BITS, device=token_ids.device)
-    words = (seen.view(num_slots, num_words, _WORD_BITS) << bits).sum(-1)
+    bits = torch.arange(WORD_BITS, device=token_ids.device)
+    words = (seen.view(num_slots, num_words, WORD_BITS) << bits).sum(-1)
     return words.to(torch.int32)
 
 
@@ -283,65 +282,6 @@ def launch_select_token(
     )
 
 
-def torch_select_token(
-    logits: Tensor,
-    tokens: Tensor,
-    input_ids: Tensor,
-    position_ids: Tensor,
-    lengths: Tensor,
-    finished: Tensor,
-    unfinished_count: Tensor,
-    *,
-    slots: Tensor | None = None,
-    seen: Tensor | None = None,
-    eos_token_ids: Tensor | None = None,
-    suppressed_tokens: Tensor | None = None,
-    noise: Tensor | None = None,
-    pad_token_id: int = 0,
-    min_len: int = 0,
-    top_k: int = 0,
-    repetition_penalty: float = 1.0,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-) -> None:
-    """`select_token` in plain torch, unchecked, on any device; all state is written in place."""
-    slot = _slot_index(logits, slots)
-    scores = _processed(
-        logits.float(),
-        slot,
-        lengths,
-        seen,
-        eos_token_ids,
-        suppressed_tokens,
-        min_len,
-        repetition_penalty,
-    )
-    if temperature != 1:
-        scores = scores / temperature
-    token = scores.argmax(-1)
-    if noise is not None:
-        has_distribution = scores.amax(-1).isfinite()
-        probs = _kept(scores, top_k, top_p, min_p).softmax(-1)
-        token = torch.where(has_distribution, (probs / noise[slot]).argmax(-1), token)
-
-    was_finished = finished[slot] != 0
-    token = token.masked_fill(was_finished, pad_token_id)
-    tokens[slot, lengths.long() + 1] = token
-    input_ids.copy_(token)
-    position_ids += 1
-    lengths += 1
-    if seen is not None:
-        place_of_token = token.masked_fill(was_finished, 0)
-        word = place_of_token // _WORD_BITS
-        bit = (1 << place_of_token % _WORD_BITS).masked_fill(was_finished, 0).to(torch.int32)
-        seen[slot, word] |= bit
-    if eos_token_ids is not None:
-        ends = torch.isin(token, eos_token_ids) & ~was_finished
-        finished[slot] = (was_finished | ends).to(finished.dtype)
-        unfinished_count -= ends.sum()
-
-
 def top_candidates(
     logits: Tensor,
     count: int,
@@ -484,95 +424,8 @@ def launch_top_candidates(
     )
 
 
-def torch_top_candidates(
-    logits: Tensor,
-    count: int,
-    row_scores: Tensor | None = None,
-    *,
-    slots: Tensor | None = None,
-    seen: Tensor | None = None,
-    lengths: Tensor | None = None,
-    eos_token_ids: Tensor | None = None,
-    suppressed_tokens: Tensor | None = None,
-    min_len: int = 0,
-    repetition_penalty: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """`top_candidates` in plain torch, unchecked, on any device."""
-    scores = _processed(
-        logits.float().log_softmax(-1),
-        _slot_index(logits, slots),
-        lengths,
-        seen,
-        eos_token_ids,
-        suppressed_tokens,
-        min_len,
-        repetition_penalty,
-    )
-    if row_scores is not None:
-        scores = scores + row_scores[:, None]
-    values, tokens = scores.topk(count)
-    # topk leaves the order of equal scores open, and a whole sort takes ten times as long.
-    if bool(((scores >= values[:, -1:]).sum(-1) != count).any()) or bool(
-        (values[:, 1:] == values[:, :-1]).any()
-    ):
-        values, tokens = scores.sort(descending=True, stable=True)
-        values, tokens = values[:, :count], tokens[:, :count]
-    return values, tokens.to(torch.int32)
-
-
-def _slot_index(logits: Tensor, slots: Tensor | None) -> Tensor:
-    if slots is None:
-        return torch.arange(logits.shape[0], device=logits.device)
-    return slots.long()
-
-
 def _count(ids: Tensor | None) -> int:
     return 0 if ids is None else ids.numel()
-
-
-def _processed(
-    scores: Tensor,
-    slot: Tensor,
-    lengths: Tensor | None,
-    seen: Tensor | None,
-    eos_token_ids: Tensor | None,
-    suppressed_tokens: Tensor | None,
-    min_len: int,
-    repetition_penalty: float,
-) -> Tensor:
-    """What greedy and beam search share: repetition penalty and -inf for suppressed tokens."""
-    vocab_size = scores.shape[1]
-    if seen is not None and repetition_penalty != 1:
-        bits = torch.arange(_WORD_BITS, dtype=torch.int32, device=scores.device)
-        has_token = ((seen[slot, :, None] >> bits & 1) != 0).flatten(1)[:, :vocab_size]
-        penalised = torch.where(
-            scores < 0, scores * repetition_penalty, scores / repetition_penalty
-        )
-        scores = torch.where(has_token, penalised, scores)
-    vocabulary = torch.arange(vocab_size, device=scores.device)
-    if suppressed_tokens is not None:
-        scores = scores.masked_fill(torch.isin(vocabulary, suppressed_tokens), float("-inf"))
-    if eos_token_ids is not None and min_len > 0:
-        assert lengths is not None
-        is_short = lengths[:, None] + 1 < min_len
-        is_eos = torch.isin(vocabulary, eos_token_ids)
-        scores = scores.masked_fill(is_short & is_eos, float("-inf"))
-    return scores
-
-
-def _kept(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Scores with -inf for what top_k, top_p and min_p remove."""
-    if 0 < top_k < scores.shape[1]:
-        scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], float("-inf"))
-    if top_p < 1:
-        ascending, order = scores.sort(stable=True)
-        removed = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        removed[:, -1] = False
-        scores = scores.masked_fill(removed.scatter(1, order, removed), float("-inf"))
-    if min_p > 0:
-        probs = scores.softmax(-1)
-        scores = scores.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), float("-inf"))
-    return scores
 
 
 def _check_logits(logits: Tensor) -> tuple[int, int]:
@@ -627,7 +480,7 @@ def _check_processors(
     if slots is not None:
         _check_buffer(slots, (torch.int32,), logits, "slots", (rows,))
     if seen is not None:
-        num_words = -(-vocab_size // _WORD_BITS)
+        num_words = -(-vocab_size // WORD_BITS)
         _check_buffer(seen, (torch.int32,), logits, "seen", (num_slots, num_words))
     elif repetition_penalty != 1:
         raise ValueError("seen must be given with repetition_penalty, got None")

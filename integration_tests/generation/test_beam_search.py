@@ -1,0 +1,154 @@
+"""The loop level's beam search: sequences, beam indices and caches against the unpatched model."""
+
+import pytest
+import torch
+from helpers import assert_fell_back, batch_of, patched, tiny_gpt2, token_ids
+
+import eet_patch
+
+NAME = "gpt2_beam_search"
+LENGTHS = (9, 5, 7)
+PROMPT = max(LENGTHS)
+
+
+def inputs_of(side, device, batch=3):
+    return batch_of(side, device, LENGTHS[:batch], vocab_size=500)
+
+
+def generated(model, inputs, **settings):
+    wanted = {"max_new_tokens": 20, "num_beams": 4, "do_sample": False, "pad_token_id": 0}
+    return model.generate(**inputs, **wanted | settings)
+
+
+def assert_equal_sequences(model, inputs, **settings):
+    own = generated(model, inputs, **settings)
+    with patched(NAME):
+        out = generated(model, inputs, **settings)
+    assert torch.equal(out, own), f"{out[:, PROMPT:]} is not {own[:, PROMPT:]}"
+    return out
+
+
+def ends_of(model, inputs, steps):
+    """Tokens that end beams at about these steps."""
+    plain = generated(model, inputs, max_new_tokens=40)
+    return sorted({int(plain[row, PROMPT + step]) for row, step in enumerate(steps)})
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("num_beams", [2, 4, 7])
+def test_beam_search(device, side, implementation, num_beams):
+    model = tiny_gpt2(device, attn_implementation=implementation)
+    out = assert_equal_sequences(model, inputs_of(side, device), num_beams=num_beams)
+    assert out.shape == (3, PROMPT + 20) and len(out[:, PROMPT:].unique()) > 4
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.0, -1.0])
+@pytest.mark.parametrize("steps", [(2, 5, 30), (12, 3, 8)])
+def test_beams_that_end(device, early_stopping, length_penalty, steps):
+    """Steps queued behind the search's end change nothing."""
+    model, inputs = tiny_gpt2(device), inputs_of("left", device)
+    assert_equal_sequences(
+        model,
+        inputs,
+        eos_token_id=ends_of(model, inputs, steps),
+        early_stopping=early_stopping,
+        length_penalty=length_penalty,
+        max_new_tokens=40,
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_return_sequences": 3},
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 1.3, "num_return_sequences": 2},
+        {"suppress_tokens": [4, 7, 9]},
+        {"min_new_tokens": 9},
+        {"min_length": PROMPT + 11},
+        {"pad_token_id": 13},
+    ],
+    ids=str,
+)
+def test_options(device, settings):
+    model, inputs = tiny_gpt2(device), inputs_of("left", device)
+    ends = ends_of(model, inputs, (2, 5, 9))
+    assert_equal_sequences(model, inputs, eos_token_id=ends, **settings)
+
+
+@pytest.mark.parametrize("length, new", [(1, 60), (63, 66), (150, 100)])
+def test_lengths(device, length, new):
+    model = tiny_gpt2(device)
+    ids = token_ids(2, length, device, vocab_size=500)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    own = generated(model, inputs, max_new_tokens=new)
+    with patched(NAME):
+        assert torch.equal(generated(model, inputs, max_new_tokens=new), own)
+
+
+def test_many_prompts(device):
+    model = tiny_gpt2(device)
+    for batch in range(10):
+        generator = torch.Generator().manual_seed(batch)
+        lengths = torch.randint(1, 30, (10,), generator=generator).tolist()
+        inputs = batch_of("left", device, lengths, vocab_size=500)
+        own = generated(model, inputs, max_new_tokens=12, eos_token_id=[3, 200])
+        with patched(NAME):
+            out = generated(model, inputs, max_new_tokens=12, eos_token_id=[3, 200])
+        assert torch.equal(out, own), f"batch {batch}"
+
+
+def test_what_is_returned(device):
+    model, inputs = tiny_gpt2(device), inputs_of("left", device)
+    ends = ends_of(model, inputs, (2, 5, 9))
+    own = generated(model, inputs, eos_token_id=ends, return_dict_in_generate=True)
+    with patched(NAME):
+        out = generated(model, inputs, eos_token_id=ends, return_dict_in_generate=True)
+    assert type(out) is type(own) and out.keys() == own.keys()
+    assert torch.equal(out.sequences, own.sequences)
+    assert torch.equal(out.beam_indices, own.beam_indices)
+    assert out.beam_indices.dtype == own.beam_indices.dtype
+    for mine, theirs in zip(out.past_key_values.layers, own.past_key_values.layers, strict=True):
+        torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine.values, theirs.values, rtol=1e-4, atol=1e-4)
+
+
+def test_two_runs_give_the_same_bits(device, dtype):
+    model, inputs = tiny_gpt2(device, dtype), inputs_of("left", device)
+    with patched(NAME):
+        first = generated(model, inputs, return_dict_in_generate=True)
+        again = generated(model, inputs, return_dict_in_generate=True)
+    assert torch.equal(first.sequences, again.sequences)
+    for mine, theirs in zip(
+        first.past_key_values.layers, again.past_key_values.layers, strict=True
+    ):
+        assert torch.equal(mine.keys, theirs.keys)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"do_sample": True}, "beam search draws samples"),
+        ({"no_repeat_ngram_size": 2}, "the logits processor NoRepeatNGramLogitsProcessor"),
+        (
+            {"return_dict_in_generate": True, "output_scores": True},
+            "scores or logits of each step of a beam search were asked for",
+        ),
+        ({"num_beams": 33}, "66 continuations are kept in each step"),
+        ({"max_time": 60.0}, "the stopping criterion MaxTimeCriteria"),
+    ],
+)
+def test_runs_the_original(settings, reason):
+    model, inputs = tiny_gpt2(), inputs_of("left", torch.device("cpu"))
+
+    def run():
+        torch.manual_seed(3)
+        result = generated(model, inputs, max_new_tokens=6, **settings)
+        return result if isinstance(result, torch.Tensor) else result.sequences
+
+    own = run()
+    with eet_patch.enabled():
+        assert torch.equal(run(), own)
+        assert_fell_back(NAME, reason)
