@@ -18,7 +18,8 @@ namespace eet_patch::cuda {
 namespace {
 
 constexpr int kMaxStepLayers = 128;
-constexpr int kHeldVectors = 4;  // 16-byte vectors of a row that a lane holds while normalising
+constexpr int kAhead = 2;  // steps of a product whose input is loaded before it is needed
+constexpr int kHeldVectors = 5;  // 16-byte vectors of a block's part of a row that a lane holds
 constexpr int kSumsStride = kMaxTileGroups * kGroupColumns + 8;  // keeps rows off shared banks
 // Of the 128 a thread that 512 threads are given; multiples of 8.
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 200;
@@ -29,102 +30,85 @@ struct Moments {
   float count, mean, squares;
 };
 
-// Layer norm of `row` by `warps` neighbouring warps (a power of two), each lane holding its part of
-// it (what is beyond kHeldVectors is loaded again): mean and variance about it of each warp's part
-// first, then of the row. `active` is false where there is no such row; every thread of the block
-// calls it.
-template <typename T>
-__device__ __forceinline__ void normalise_step_row(const T* source, const T* weight, const T* bias,
-                                                   T* target, int size, float eps, int warps,
-                                                   bool active, Moments* moments) {
+// Layer norm of the rows, columns [columns.begin, columns.end) of them into the panel. A block reads
+// those columns alone: each warp leaves the mean of its part of a row and the squares about it, and
+// the cluster's parts meet in a fixed order.
+template <typename T, int kRowsPerWarp>
+__device__ __forceinline__ void normalise_rows(const StepParams<T>& p, const T* source,
+                                               const T* weight, const T* bias, Range columns,
+                                               T* panel, Moments* moments, ClusterBarrier& barrier) {
   constexpr int kVector = kVectorSize<T>;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int vectors = size / kVector, stride = warps * kWarpSize;
-  const int first = (warp & (warps - 1)) * kWarpSize + lane;
-  const int rest = first + kHeldVectors * stride;
-  uint4 held[kHeldVectors];
-  float count = 0.0f, sum = 0.0f, values[kVector];
-  auto load_rest = [&](int vector) {
-    unpack_vector<T>(load_shared_state(source + vector * kVector), values);
-  };
-  if (active) {
+  const int warps = p.rows == 1 ? 8 : p.rows == 2 ? 4 : p.rows <= 4 ? 2 : 1;  // of a row
+  const int part = warp & (warps - 1), stride = warps * kWarpSize;
+  const int vectors = (columns.end - columns.begin) / kVector, first = part * kWarpSize + lane;
+  uint4 held[kRowsPerWarp][kHeldVectors];
+  float values[kVector];
+#pragma unroll
+  for (int r = 0; r < kRowsPerWarp; ++r) {
+    const int row = warp / warps + r * kStepWarps;
 #pragma unroll
     for (int i = 0; i < kHeldVectors; ++i) {
-      if (i * stride >= vectors) break;
       const int vector = first + i * stride;
-      if (vector < vectors) held[i] = load_shared_state(source + vector * kVector);
+      if (vector < vectors && row < p.rows) {
+        held[r][i] = load_shared_state(source + int64_t(row) * p.hidden_size + columns.begin +
+                                       vector * kVector);
+      }
     }
+  }
+#pragma unroll
+  for (int r = 0; r < kRowsPerWarp; ++r) {
+    const int row = warp / warps + r * kStepWarps;
+    if (row >= p.rows) break;
+    float count = 0.0f, sum = 0.0f, squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < kHeldVectors; ++i) {
-      if (i * stride >= vectors) break;
-      if (first + i * stride >= vectors) continue;
-      unpack_vector<T>(held[i], values);
+      if (first + i * stride >= vectors) break;
+      unpack_vector<T>(held[r][i], values);
       count += kVector;
 #pragma unroll
       for (int j = 0; j < kVector; ++j) sum += values[j];
     }
-#pragma unroll 1
-    for (int vector = rest; vector < vectors; vector += stride) {
-      load_rest(vector);
-      count += kVector;
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) sum += values[j];
-    }
-  }
-  count = warp_sum(count);
-  float mean = count == 0.0f ? 0.0f : warp_sum(sum) / count;
-  float squares = 0.0f;
-  if (active) {
+    count = warp_sum(count);
+    const float mean = count == 0.0f ? 0.0f : warp_sum(sum) / count;
 #pragma unroll
     for (int i = 0; i < kHeldVectors; ++i) {
-      if (i * stride >= vectors) break;
-      if (first + i * stride >= vectors) continue;
-      unpack_vector<T>(held[i], values);
+      if (first + i * stride >= vectors) break;
+      unpack_vector<T>(held[r][i], values);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) squares += (values[j] - mean) * (values[j] - mean);
     }
-#pragma unroll 1
-    for (int vector = rest; vector < vectors; vector += stride) {
-      load_rest(vector);
+    squares = warp_sum(squares);
+    if (lane == 0) moments[row * warps + part] = {count, mean, squares};
+  }
+  barrier.arrive();
+  barrier.wait();
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) squares += (values[j] - mean) * (values[j] - mean);
+  for (int r = 0; r < kRowsPerWarp; ++r) {
+    const int row = warp / warps + r * kStepWarps;
+    if (row >= p.rows) break;
+    Moments other = {0.0f, 0.0f, 0.0f};
+    if (lane < kCluster * warps) {
+      const uint32_t address =
+          remote_address(moments + row * warps + lane % warps, lane / warps);
+      other.count = load_remote(address);
+      other.mean = load_remote(address + 4);
+      other.squares = load_remote(address + 8);
     }
-  }
-  squares = warp_sum(squares);
-  if (warps > 1) {
-    if (lane == 0) moments[warp] = {count, mean, squares};
-    sync_consumers();
-    const Moments* parts = moments + (warp & ~(warps - 1));
-    float row_mean = 0.0f;
-#pragma unroll 1
-    for (int i = 0; i < warps; ++i) row_mean += parts[i].mean * (parts[i].count / size);
-    squares = 0.0f;
-#pragma unroll 1
-    for (int i = 0; i < warps; ++i) {
-      const float distance = parts[i].mean - row_mean;
-      squares += parts[i].squares + parts[i].count * distance * distance;
+    const float mean = warp_sum(other.mean * (other.count / p.hidden_size));
+    const float distance = other.mean - mean;
+    const float squares = warp_sum(other.squares + other.count * distance * distance);
+    const float scale = rsqrtf(squares / p.hidden_size + p.norm_eps);
+#pragma unroll
+    for (int i = 0; i < kHeldVectors; ++i) {
+      const int vector = first + i * stride;
+      if (vector >= vectors) break;
+      unpack_vector<T>(held[r][i], values);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) values[j] = (values[j] - mean) * scale;
+      scale_and_shift(values, weight, bias, columns.begin + vector * kVector);
+      store_vector(panel + row * p.panel_stride + vector * kVector, values);
     }
-    mean = row_mean;
-  }
-  if (!active) return;
-  const float scale = rsqrtf(squares / size + eps);
-  auto finish = [&](int vector) {
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) values[j] = (values[j] - mean) * scale;
-    scale_and_shift(values, weight, bias, vector * kVector);
-    store_vector(target + vector * kVector, values);
-  };
-#pragma unroll
-  for (int i = 0; i < kHeldVectors; ++i) {
-    if (i * stride >= vectors) break;
-    if (first + i * stride >= vectors) continue;
-    unpack_vector<T>(held[i], values);
-    finish(first + i * stride);
-  }
-#pragma unroll 1
-  for (int vector = rest; vector < vectors; vector += stride) {
-    load_rest(vector);
-    finish(vector);
   }
 }
 
@@ -163,10 +147,10 @@ template <typename T, bool kWide, int kSlices>
 __global__ void __launch_bounds__(2 * kStepThreads, 1)
     decode_step_kernel(const __grid_constant__ StepParams<T> p) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kOutputs = kMaxTileGroups * kGroupColumns * (kWide ? 16 : 8) / kStepThreads;
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ StepRow step_rows[kMaxStepRows];
-  __shared__ Moments moments[kStepWarps];
+  __shared__ Moments moments[kMaxStepRows];
+  __shared__ uint64_t cluster_barriers[2];
   __shared__ int entry_pairs[HeadEntries::kCount];
   __shared__ uint64_t full[kStepWarps * kMaxSlots], empty[kStepWarps * kMaxSlots];
   const int warp = threadIdx.x / kWarpSize % kStepWarps;  // a consumer and its producer share one
@@ -178,6 +162,10 @@ __global__ void __launch_bounds__(2 * kStepThreads, 1)
   if (threadIdx.x < kStepWarps * kMaxSlots) {
     slot_barrier_init(full + threadIdx.x, kWarpSize);
     slot_barrier_init(empty + threadIdx.x, 1);
+  }
+  if (threadIdx.x < 2) {
+    slot_barrier_init(cluster_barriers + threadIdx.x, kCluster * kStepWarps);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 #pragma unroll 1
   for (int i = threadIdx.x; i < p.num_layers; i += blockDim.x) {
@@ -207,7 +195,8 @@ __global__ void __launch_bounds__(2 * kStepThreads, 1)
     units.total += p.num_heads * (step_rows[row].tiles + 1);
   }
   units.blocks = min(units.total, gridDim.x);
-  __syncthreads();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   const UnitCursor first_unit(units, step_rows, p.rows, warp);
   SlotRing ring(shared + warp * p.slots * kSlotBytes, full + warp * kMaxSlots,
                 empty + warp * kMaxSlots, p.slots);
@@ -220,7 +209,10 @@ __global__ void __launch_bounds__(2 * kStepThreads, 1)
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, q = lane % 4;
 
   GridBarrier barrier{p.barrier};
-  const int warps_per_row = p.rows == 1 ? 8 : p.rows == 2 ? 4 : p.rows <= 4 ? 2 : 1;
+  // Sums are written, and read, by the whole cluster.
+  ClusterBarrier written{shared_address(cluster_barriers)},
+      read{shared_address(cluster_barriers + 1)};
+  bool unread = false;
   int shift = 0;
 #pragma unroll 1
   for (int layer_index = 0; layer_index < p.num_layers; ++layer_index) {
@@ -237,9 +229,9 @@ __global__ void __launch_bounds__(2 * kStepThreads, 1)
         continue;
       }
       const ProductShape& shape = p.products[phase];
-      const Range owned = next_groups(shape, shift), ks = warp_k(shape.in_features, warp);
-      const T *bias, *residual = nullptr, *input = p.normed;
-      const T *norm_weight = nullptr, *norm_bias = nullptr;
+      const Range owned = next_groups(shape, shift), ks = warp_k(shape.in_features, warp, 1),
+                  block_ks = warp_k(shape.in_features, 0, kStepWarps);
+      const T *bias, *residual = nullptr, *norm_weight = nullptr, *norm_bias = nullptr;
       T* out;
       if (phase == kQkvPhase) {
         bias = static_cast<const T*>(layer.qkv_bias[0]);
@@ -259,64 +251,31 @@ __global__ void __launch_bounds__(2 * kStepThreads, 1)
         bias = static_cast<const T*>(layer.fc2_bias);
         residual = p.middle;
         out = layer_index + 1 == p.num_layers ? p.out : p.state;
-        input = p.inner;
       }
-      float bias_terms[kOutputs];
-      auto load_bias = [&](int group, int columns) {
-#pragma unroll
-        for (int i = 0; i < kOutputs; ++i) {
-          const int element = threadIdx.x + i * kStepThreads, row = element / columns;
-          const int column = group * kGroupColumns + element - row * columns;
-          bias_terms[i] = bias == nullptr || row >= p.rows ? 0.0f : to_float(bias[column]);
-        }
-      };
-      if (owned.begin < owned.end)
-        load_bias(owned.begin, tile_groups(owned.end - owned.begin) * kGroupColumns);
       if (phase != kQkvPhase || layer_index > 0) barrier.wait();
       if (phase == kQkvPhase) prefetch_parameters(p, layer_index + 1);
 
-      const bool from_panel = p.panel_stride > 0 && phase != kFc2Phase;
-      T* const prepared = from_panel ? panel : p.normed;
-      const int prepared_stride = from_panel ? p.panel_stride : p.hidden_size;
+      const bool from_panel = phase != kFc2Phase;
       if (norm_weight != nullptr) {
-        const T* source = phase == kQkvPhase ? before : p.middle;
-        const int warps = from_panel ? warps_per_row : kStepWarps;
-        const int end = from_panel ? p.rows : min(p.rows, static_cast<int>(blockIdx.x) + 1);
-#pragma unroll 1
-        for (int first = from_panel ? 0 : blockIdx.x; first < end; first += kStepWarps / warps) {
-          const int row = first + warp / warps;
-          const bool active = row < end;
-          const int real = active ? row : first;
-          normalise_step_row(source + int64_t(real) * p.hidden_size, norm_weight, norm_bias,
-                             prepared + int64_t(real) * prepared_stride, p.hidden_size, p.norm_eps,
-                             warps, active, moments);
-        }
+        normalise_rows<T, kWide ? 2 : 1>(p, phase == kQkvPhase ? before : p.middle, norm_weight,
+                                         norm_bias, block_ks, panel, moments, written);
       } else if (phase == kOutPhase) {
-        const int block = from_panel ? 0 : blockIdx.x, blocks = from_panel ? 1 : gridDim.x;
-        combine_heads(p, step_rows, units, prepared, prepared_stride,
-                      block * kStepThreads + static_cast<int>(threadIdx.x), blocks * kStepThreads);
+        combine_heads(p, step_rows, units, block_ks, panel);
       }
-      if (from_panel) {
-        sync_consumers();
-      } else if (phase != kFc2Phase) {
-        barrier.arrive();
-        barrier.wait();
-      }
+      if (from_panel) sync_consumers();
 
-      const unsigned char* panel_lane = reinterpret_cast<const unsigned char*>(
-          panel + g * p.panel_stride + 8 * q);
-      const T* input_lane = input + int64_t(g) * shape.in_features + 8 * q;
       const bool low_row = g < p.rows, high_row = kWide && g + 8 < p.rows;
       const int steps = (ks.end - ks.begin) / kStepK;
+      const T* panel_lane = panel + g * p.panel_stride + ks.begin - block_ks.begin + 8 * q;
+      const T* input_lane = p.inner + int64_t(g) * shape.in_features + ks.begin + 8 * q;
       auto load_input = [&](int step, uint4& low, uint4& high) {
         low = high = make_uint4(0, 0, 0, 0);
         if (step >= steps) return;
-        const int at = ks.begin + step * kStepK;
+        const int at = step * kStepK;
         if (from_panel) {
-          const unsigned char* from = panel_lane + at * sizeof(T);
-          if (low_row) low = *reinterpret_cast<const uint4*>(from);
+          if (low_row) low = *reinterpret_cast<const uint4*>(panel_lane + at);
           if (high_row)
-            high = *reinterpret_cast<const uint4*>(from + 8 * p.panel_stride * sizeof(T));
+            high = *reinterpret_cast<const uint4*>(panel_lane + 8 * p.panel_stride + at);
         } else {
           if (low_row) low = load_shared_state(input_lane + at);
           if (high_row) high = load_shared_state(input_lane + 8 * shape.in_features + at);
@@ -326,24 +285,24 @@ __global__ void __launch_bounds__(2 * kStepThreads, 1)
 #pragma unroll 1
       for (int group = owned.begin; group < owned.end;) {
         const int groups = tile_groups(owned.end - group), columns = groups * kGroupColumns;
-        const int first_column = group * kGroupColumns, per_slot = slot_steps(groups);
-        constexpr int kAhead = 4;  // steps; a multiple of every slot's
+        const int per_slot = slot_steps(groups);
         uint4 low[kAhead], high[kAhead], next_low[kAhead], next_high[kAhead];
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) load_input(i, low[i], high[i]);
 
-        if (group > owned.begin) load_bias(group, columns);
-        float residual_terms[kOutputs];
-#pragma unroll
-        for (int i = 0; i < kOutputs; ++i) {
-          const int element = threadIdx.x + i * kStepThreads, row = element / columns;
-          residual_terms[i] = 0.0f;
-          if (row < p.rows && residual != nullptr) {
-            const int column = first_column + element - row * columns;
-            const unsigned short bits = __ldcg(reinterpret_cast<const unsigned short*>(
-                residual + int64_t(row) * shape.out_features + column));
-            residual_terms[i] = to_float(reinterpret_cast<const T&>(bits));
-          }
+        // The blocks of the cluster finish equal parts of the tile, an element a thread.
+        const int share = (p.rows * columns + kCluster - 1) / kCluster;
+        const int element = cluster_rank() * share + threadIdx.x, row = element / columns;
+        const bool finishes = static_cast<int>(threadIdx.x) < share && row < p.rows;
+        const int local_column = element - row * columns,
+                  column = group * kGroupColumns + local_column;
+        const int64_t out_at = int64_t(row) * shape.out_features + column;
+        float bias_term = 0.0f, residual_term = 0.0f;
+        if (finishes && bias != nullptr) bias_term = to_float(bias[column]);
+        if (finishes && residual != nullptr) {
+          const unsigned short bits =
+              __ldcg(reinterpret_cast<const unsigned short*>(residual + out_at));
+          residual_term = to_float(reinterpret_cast<const T&>(bits));
         }
 
         float c[kMaxTileGroups][4] = {};
@@ -357,7 +316,7 @@ __global__ void __launch_bounds__(2 * kStepThreads, 1)
           for (int i = 0; i < kAhead; ++i) {
             const int step = first + i;
             if (step >= steps) break;
-            const int in_slot = i & (per_slot - 1);
+            const int in_slot = step & (per_slot - 1);
             if (in_slot == 0) ring.wait_full();
             const unsigned char* weights =
                 ring.data() + (in_slot * kStepK + lane) * groups * kVectorBytes;
@@ -371,10 +330,6 @@ __global__ void __launch_bounds__(2 * kStepThreads, 1)
             for (int j = 0; j < kMaxTileGroups; ++j) {
               if (j >= groups) break;
               mma_m16n8k16<T>(c[j], low[i].x, high[i].x, low[i].y, high[i].y, w[j][0], w[j][1]);
-            }
-#pragma unroll
-            for (int j = 0; j < kMaxTileGroups; ++j) {
-              if (j >= groups) break;
               mma_m16n8k16<T>(c[j], low[i].z, high[i].z, low[i].w, high[i].w, w[j][2], w[j][3]);
             }
             if (in_slot == per_slot - 1 || step == steps - 1) ring.release();
@@ -383,6 +338,7 @@ __global__ void __launch_bounds__(2 * kStepThreads, 1)
           for (int i = 0; i < kAhead; ++i) low[i] = next_low[i], high[i] = next_high[i];
         }
 
+        if (unread) read.wait();
         float* mine = sums + warp * p.rows * kSumsStride + 2 * q;
 #pragma unroll
         for (int j = 0; j < kMaxTileGroups; ++j) {
@@ -396,27 +352,32 @@ __global__ void __launch_bounds__(2 * kStepThreads, 1)
                 make_float2(c[j][2], c[j][3]);
           }
         }
-        sync_consumers();
-#pragma unroll
-        for (int i = 0; i < kOutputs; ++i) {
-          const int element = threadIdx.x + i * kStepThreads, row = element / columns;
-          if (row >= p.rows) break;
-          const int column = element - row * columns;
+        written.arrive();
+        written.wait();
+        if (finishes) {
           float sum = 0.0f;
+#pragma unroll 1
+          for (int rank = 0; rank < kCluster; ++rank) {
+            const uint32_t from = remote_address(sums + row * kSumsStride + local_column, rank);
+            float parts[kStepWarps];
 #pragma unroll
-          for (int w = 0; w < kStepWarps; ++w)
-            sum += sums[(w * p.rows + row) * kSumsStride + column];
-          sum += bias_terms[i];
+            for (int w = 0; w < kStepWarps; ++w)
+              parts[w] = load_remote(from + w * p.rows * kSumsStride * 4);
+#pragma unroll
+            for (int w = 0; w < kStepWarps; ++w) sum += parts[w];
+          }
+          sum += bias_term;
           if (phase == kFc1Phase) sum = activate(sum, p.activation);
-          out[int64_t(row) * shape.out_features + first_column + column] =
-              from_float<T>(sum + residual_terms[i]);
+          out[out_at] = from_float<T>(sum + residual_term);
         }
+        read.arrive();
+        unread = true;
         group += groups;
-        if (group < owned.end) sync_consumers();  // the sums are free again
       }
       if (phase != kFc2Phase || layer_index + 1 < p.num_layers) barrier.arrive();
     }
   }
+  if (unread) read.wait();  // nobody leaves while its sums are read
   barrier.leave();
 #endif
 }
@@ -425,7 +386,7 @@ struct SharedLayout {
   int slots = 0, panel_stride = 0, sums_offset = 0, table_offset = 0, bytes = 0;
 };
 
-// The panel where it fits beside the shortest ring, and then the longest ring that fits beside it.
+// The longest ring that fits beside the rest.
 SharedLayout shared_layout(const DecodeLayersArgs& args) {
   const int rows = static_cast<int>(args.rows);
   const int hidden = static_cast<int>(args.num_heads * args.head_dim);
@@ -433,27 +394,27 @@ SharedLayout shared_layout(const DecodeLayersArgs& args) {
                             HeadEntries::kCount * static_cast<int>(args.head_dim + kPartialExtra)) *
                    4;
   const int table = static_cast<int>(args.num_layers * sizeof(StreamedLayer));
-  SharedLayout layout;
   // 64 bytes over a multiple of 128, so that rows alternate between halves of the banks.
-  for (const int stride : {hidden + 32, 0}) {
-    const int panel = rows * stride * 2;
-    for (int slots = kMaxSlots; slots >= kMinSlots; --slots) {
-      const int ring = kStepWarps * slots * kSlotBytes;
-      const int bytes = ring + panel + sums + table;
-      if (bytes + kStaticSharedBytes > kSharedLimit) continue;
-      layout.slots = slots;
-      layout.panel_stride = stride;
-      layout.sums_offset = ring + panel;
-      layout.table_offset = ring + panel + sums;
-      layout.bytes = bytes;
-      return layout;
-    }
+  const int stride =
+      static_cast<int>(round_up(ceil_div(hidden / kStepK, kCluster) * kStepK, 64)) + 32;
+  const int panel = rows * stride * 2;
+  SharedLayout layout;
+  for (int slots = kMaxSlots; slots >= kMinSlots; --slots) {
+    const int ring = kStepWarps * slots * kSlotBytes;
+    const int bytes = ring + panel + sums + table;
+    if (bytes + kStaticSharedBytes > kSharedLimit) continue;
+    layout.slots = slots;
+    layout.panel_stride = stride;
+    layout.sums_offset = ring + panel;
+    layout.table_offset = ring + panel + sums;
+    layout.bytes = bytes;
+    break;
   }
   return layout;
 }
 
 struct WorkspaceLayout {
-  int64_t barrier, qkv, middle, state, inner, normed, partials, bytes;
+  int64_t barrier, qkv, middle, state, inner, partials, bytes;
 };
 
 WorkspaceLayout workspace_layout(const DecodeLayersArgs& args, int64_t blocks) {
@@ -470,7 +431,6 @@ WorkspaceLayout workspace_layout(const DecodeLayersArgs& args, int64_t blocks) {
   layout.middle = take(hidden * row_bytes);
   layout.state = take(hidden * row_bytes);
   layout.inner = take(args.intermediate_size * row_bytes);
-  layout.normed = take(hidden * row_bytes);
   layout.partials = take((args.rows * args.num_heads + blocks) * (args.head_dim + kPartialExtra) *
                          int64_t(sizeof(float)));
   layout.bytes = at;
@@ -490,24 +450,45 @@ bool layer_fits(const DecodeLayer& layer) {
   return layer.norm1_weight != nullptr && layer.norm2_weight != nullptr;
 }
 
+// As many clusters as are resident at once.
 template <typename T, bool kWide, int kSlices>
-cudaError_t launch_step(const StepParams<T>& params, int blocks, int shared_bytes,
-                        cudaStream_t stream) {
+cudaError_t launch_step(StepParams<T> params, int shared_bytes, cudaStream_t stream) {
   auto kernel = decode_step_kernel<T, kWide, kSlices>;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.gridDim = dim3(static_cast<unsigned>(step_blocks()));
     config.blockDim = dim3(2 * kStepThreads);
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream;
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-    config.attrs = &attribute;
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = kCluster;
+    attributes[0].val.clusterDim.y = 1;
+    attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeCooperative;
+    attributes[1].val.cooperative = 1;
+    config.attrs = attributes;
     config.numAttrs = 1;
-    error = cudaLaunchKernelEx(&config, kernel, params);
+    int clusters = 0;
+    error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    if (error == cudaSuccess && clusters < 1) error = cudaErrorCooperativeLaunchTooLarge;
+    if (error == cudaSuccess) {
+      clusters = std::min(clusters, step_blocks() / kCluster);
+      config.gridDim = dim3(static_cast<unsigned>(clusters * kCluster));
+      config.numAttrs = 2;
+      auto shape = [&](int in_features, int out_features) {
+        const int groups = out_features / kGroupColumns;
+        return ProductShape{in_features, out_features, groups / clusters, groups % clusters};
+      };
+      const int hidden = params.hidden_size, inner = params.intermediate_size;
+      params.products[kQkvPhase] = shape(hidden, 3 * hidden);
+      params.products[kOutPhase] = shape(hidden, hidden);
+      params.products[kFc1Phase] = shape(hidden, inner);
+      params.products[kFc2Phase] = shape(inner, hidden);
+      error = cudaLaunchKernelEx(&config, kernel, params);
+    }
   }
   if (error != cudaSuccess) (void)cudaGetLastError();
   return error;
@@ -532,8 +513,12 @@ bool takes_persistent_decode(const DecodeLayersArgs& args) {
   const int64_t blocks = step_blocks();
   const int64_t units = args.rows * args.num_heads * (args.max_kv_len / kTileKeys + 2);
   constexpr int64_t kMaxIndex = int64_t(1) << 31;
-  if (blocks < args.rows || (units + 1) * blocks >= kMaxIndex) return false;
+  if (blocks < kCluster || (units + 1) * blocks >= kMaxIndex) return false;
   if (3 * hidden >= kMaxIndex / kMaxStepRows || args.intermediate_size >= kMaxIndex / kMaxStepRows)
+    return false;
+  // A warp or more normalises the block's part of a row from its registers.
+  const int64_t warps = args.rows == 1 ? 8 : args.rows == 2 ? 4 : args.rows <= 4 ? 2 : 1;
+  if (ceil_div(hidden / kStepK, kCluster) * kStepK > kHeldVectors * warps * kWarpSize * 8)
     return false;
   if (shared_layout(args).slots == 0) return false;
   return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 &&
@@ -547,8 +532,7 @@ int64_t persistent_decode_workspace_bytes(const DecodeLayersArgs& args) {
 
 template <typename T>
 cudaError_t launch_persistent_decode(const DecodeLayersArgs& args, cudaStream_t stream) {
-  const int blocks = step_blocks();
-  const WorkspaceLayout workspace = workspace_layout(args, blocks);
+  const WorkspaceLayout workspace = workspace_layout(args, step_blocks());
   if (args.workspace == nullptr || args.workspace_bytes < workspace.bytes)
     return cudaErrorInvalidValue;
   const SharedLayout layout = shared_layout(args);
@@ -565,7 +549,6 @@ cudaError_t launch_persistent_decode(const DecodeLayersArgs& args, cudaStream_t 
   p.middle = reinterpret_cast<T*>(base + workspace.middle);
   p.state = reinterpret_cast<T*>(base + workspace.state);
   p.inner = reinterpret_cast<T*>(base + workspace.inner);
-  p.normed = reinterpret_cast<T*>(base + workspace.normed);
   p.partials = reinterpret_cast<float*>(base + workspace.partials);
   p.cache_strides = args.cache_strides;
   p.rows = static_cast<int>(args.rows);
@@ -580,22 +563,13 @@ cudaError_t launch_persistent_decode(const DecodeLayersArgs& args, cudaStream_t 
   p.panel_stride = layout.panel_stride;
   p.sums_offset = layout.sums_offset;
   p.table_offset = layout.table_offset;
-  auto shape = [&](int in_features, int out_features) {
-    const int groups = out_features / kGroupColumns;
-    return ProductShape{in_features, out_features, groups / blocks, groups % blocks};
-  };
-  p.products[kQkvPhase] = shape(p.hidden_size, 3 * p.hidden_size);
-  p.products[kOutPhase] = shape(p.hidden_size, p.hidden_size);
-  p.products[kFc1Phase] = shape(p.hidden_size, p.intermediate_size);
-  p.products[kFc2Phase] = shape(p.intermediate_size, p.hidden_size);
-
   const bool wide = p.rows > 8;
   if (p.head_dim <= kSharedTileHeadDim) {
-    return wide ? launch_step<T, true, 4>(p, blocks, layout.bytes, stream)
-                : launch_step<T, false, 4>(p, blocks, layout.bytes, stream);
+    return wide ? launch_step<T, true, 4>(p, layout.bytes, stream)
+                : launch_step<T, false, 4>(p, layout.bytes, stream);
   }
-  return wide ? launch_step<T, true, 8>(p, blocks, layout.bytes, stream)
-              : launch_step<T, false, 8>(p, blocks, layout.bytes, stream);
+  return wide ? launch_step<T, true, 8>(p, layout.bytes, stream)
+              : launch_step<T, false, 8>(p, layout.bytes, stream);
 }
 
 template cudaError_t launch_persistent_decode<__half>(const DecodeLayersArgs&, cudaStream_t);

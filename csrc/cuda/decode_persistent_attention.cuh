@@ -192,50 +192,55 @@ __device__ __forceinline__ void attend(const StepParams<T>& p, SlotRing& ring, c
 // the head's first entry does it. Every warp calls it, after a barrier.
 template <typename T>
 __device__ __forceinline__ void merge_entries(const StepParams<T>& p, const HeadEntries& entries) {
+  constexpr int kColumnsPerLane = kMaxHeadDim / kWarpSize;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int stride = p.head_dim + kPartialExtra;
+  const int lane_pair = lane < HeadEntries::kCount ? entries.pair[lane] : -1;
+  const float* lane_values = entries.values + lane * stride + p.head_dim;
 #pragma unroll 1
   for (int first = 2 * warp; first < 2 * warp + 2; ++first) {
-    const int pair = entries.pair[first];
-    bool owned = pair >= 0;
-#pragma unroll 1
-    for (int entry = 0; entry < first; ++entry) owned = owned && entries.pair[entry] != pair;
-    if (!owned) continue;
-    float highest = -INFINITY;
-#pragma unroll 1
-    for (int entry = first; entry < HeadEntries::kCount; ++entry) {
-      if (entries.pair[entry] == pair)
-        highest = fmaxf(highest, entries.values[entry * stride + p.head_dim]);
-    }
+    const int pair = __shfl_sync(kFullMask, lane_pair, first);
+    const bool same = lane_pair == pair;
+    unsigned members = __ballot_sync(kFullMask, same);
+    if (pair < 0 || __ffs(members) - 1 != first) continue;
+    const float highest = warp_max(same ? lane_values[0] : -INFINITY);
     const float shift = highest == -INFINITY ? 0.0f : highest;
-    float* target = p.partials + int64_t(pair + blockIdx.x) * stride;
+    const float weight = same ? exp2_fast(lane_values[0] - shift) : 0.0f;
+    const float total = warp_sum(same ? weight * lane_values[1] : 0.0f);
+    float sums[kColumnsPerLane] = {};
 #pragma unroll 1
-    for (int column = lane; column < p.head_dim + 2; column += kWarpSize) {
-      if (column == p.head_dim) continue;  // the maximum
-      float sum = 0.0f;
-#pragma unroll 1
-      for (int entry = first; entry < HeadEntries::kCount; ++entry) {
-        if (entries.pair[entry] != pair) continue;
-        const float* values = entries.values + entry * stride;
-        sum = fmaf(exp2_fast(values[p.head_dim] - shift), values[column], sum);
+    for (; members != 0; members &= members - 1) {
+      const int entry = __ffs(members) - 1;
+      const float factor = __shfl_sync(kFullMask, weight, entry);
+      const float* values = entries.values + entry * stride + lane;
+#pragma unroll
+      for (int i = 0; i < kColumnsPerLane; ++i) {
+        if (lane + i * kWarpSize < p.head_dim)
+          sums[i] = fmaf(factor, values[i * kWarpSize], sums[i]);
       }
-      target[column] = sum;
     }
-    if (lane == 0) target[p.head_dim] = highest;
+    float* target = p.partials + int64_t(pair + blockIdx.x) * stride;
+#pragma unroll
+    for (int i = 0; i < kColumnsPerLane; ++i) {
+      if (lane + i * kWarpSize < p.head_dim) target[lane + i * kWarpSize] = sums[i];
+    }
+    if (lane == 0)
+      *reinterpret_cast<float2*>(target + p.head_dim) = make_float2(highest, total);
   }
 }
 
-// The attention's result from the blocks' partial ones, in their order: items (4 columns of a row)
-// first, first + step, ...
+// Columns [columns.begin, columns.end) of the attention's result in the panel, from the blocks'
+// partial ones in their order; a thread 4 columns of a row at a time.
 template <typename T>
 __device__ __forceinline__ void combine_heads(const StepParams<T>& p, const StepRow* step_rows,
-                                              const AttentionUnits& units, T* target,
-                                              int target_stride, int first, int step) {
+                                              const AttentionUnits& units, Range columns,
+                                              T* panel) {
   constexpr int kColumns = 4, kAtOnce = 4;
-  const int stride = p.head_dim + kPartialExtra, items = p.hidden_size / kColumns;
+  const int stride = p.head_dim + kPartialExtra, items = (columns.end - columns.begin) / kColumns;
 #pragma unroll 1
-  for (int item = first; item < p.rows * items; item += step) {
-    const int row = item / items, column = (item - row * items) * kColumns;
+  for (int item = threadIdx.x; item < p.rows * items; item += kStepThreads) {
+    const int row = item / items, local = (item - row * items) * kColumns;
+    const int column = columns.begin + local;
     const int head = column / p.head_dim, pair = row * p.num_heads + head;
     const int unit = step_rows[row].first_unit + head * (step_rows[row].tiles + 1);
     const int begin = units.block_of(unit), end = units.block_of(unit + step_rows[row].tiles);
@@ -251,26 +256,33 @@ __device__ __forceinline__ void combine_heads(const StepParams<T>& p, const Step
         const float* from = values + int64_t(min(block + i, end)) * stride;
         parts[i] = __ldcg(reinterpret_cast<const float4*>(from + offset));
         scales[i] = __ldcg(reinterpret_cast<const float2*>(from + p.head_dim));
+        if (block + i > end) scales[i] = make_float2(-INFINITY, 0.0f);
       }
+      float highest = maximum;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) highest = fmaxf(highest, scales[i].x);
+      const float shift = highest == -INFINITY ? 0.0f : highest;
+      const float before = exp2_fast(maximum - shift);
+      maximum = highest;
+      total *= before;
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) sums[i] *= before;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (block + i > end) break;
-        const float highest = fmaxf(maximum, scales[i].x);
-        const float shift = highest == -INFINITY ? 0.0f : highest;
-        const float before = exp2_fast(maximum - shift), now = exp2_fast(scales[i].x - shift);
-        maximum = highest;
-        total = total * before + now * scales[i].y;
-        sums[0] = sums[0] * before + now * parts[i].x;
-        sums[1] = sums[1] * before + now * parts[i].y;
-        sums[2] = sums[2] * before + now * parts[i].z;
-        sums[3] = sums[3] * before + now * parts[i].w;
+        const float now = exp2_fast(scales[i].x - shift);
+        total = fmaf(now, scales[i].y, total);
+        sums[0] = fmaf(now, parts[i].x, sums[0]);
+        sums[1] = fmaf(now, parts[i].y, sums[1]);
+        sums[2] = fmaf(now, parts[i].z, sums[2]);
+        sums[3] = fmaf(now, parts[i].w, sums[3]);
       }
     }
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
     uint2 packed;
     packed.x = pack2<T>(sums[0] * inverse, sums[1] * inverse);
     packed.y = pack2<T>(sums[2] * inverse, sums[3] * inverse);
-    *reinterpret_cast<uint2*>(target + int64_t(row) * target_stride + column) = packed;
+    *reinterpret_cast<uint2*>(panel + row * p.panel_stride + local) = packed;
   }
 }
 

@@ -10,6 +10,7 @@ namespace eet_patch::cuda {
 
 constexpr int kStepWarps = 8;
 constexpr int kStepThreads = kStepWarps * kWarpSize;  // consumers; as many producers beside them
+constexpr int kCluster = 4;  // blocks that share the columns of a product and split its k
 constexpr int kSlotBytes = 4096;
 constexpr int kMinSlots = 4, kMaxSlots = 6;  // of a warp's ring
 constexpr int kMaxStepRows = 16;
@@ -30,7 +31,7 @@ struct StreamedLayer {
 
 struct ProductShape {
   int in_features, out_features;
-  int groups_per_block, extra_groups;  // out_features / 8 spread over the grid
+  int groups_per_cluster, extra_groups;  // out_features / 8 spread over the grid
 };
 
 // A row's keys [start, length) are cut into tiles of 16 from first_key on; the new token is one
@@ -48,14 +49,14 @@ struct StepParams {
   const int32_t *lengths, *kv_start, *cache_rows;
   unsigned* barrier;          // arrivals, departures; both zero between calls
   T *qkv, *middle, *state;    // (rows, 3 hidden); x after the attention; x after the layer
-  T *inner, *normed;          // (rows, intermediate); (rows, hidden) where there is no panel
+  T* inner;                   // (rows, intermediate)
   float* partials;            // attention: (rows * heads + grid, head_dim + kPartialExtra)
   HeadStrides cache_strides;
   int rows, num_layers, num_heads, head_dim, hidden_size, intermediate_size;
   float norm_eps;
   Activation activation;
   int slots;
-  int panel_stride;  // elements; 0: no panel
+  int panel_stride;  // elements
   int sums_offset, table_offset;
   ProductShape products[kNumPhases];
 };
@@ -64,22 +65,25 @@ struct Range {
   int begin, end;
 };
 
-// The block's groups of a product. `shift` moves the blocks that own one more on from product to
-// product, so that all stream the same amount over a layer.
+// The cluster's groups of a product. `shift` moves the clusters that own one more on from product
+// to product, so that all stream the same amount over a layer.
 __device__ __forceinline__ Range next_groups(const ProductShape& shape, int& shift) {
-  const int blocks = gridDim.x;
-  int index = static_cast<int>(blockIdx.x) - shift;
-  if (index < 0) index += blocks;
+  const int clusters = gridDim.x / kCluster;
+  int index = static_cast<int>(blockIdx.x / kCluster) - shift;
+  if (index < 0) index += clusters;
   shift += shape.extra_groups;
-  if (shift >= blocks) shift -= blocks;
-  const int begin = index * shape.groups_per_block + min(index, shape.extra_groups);
-  return {begin, begin + shape.groups_per_block + (index < shape.extra_groups ? 1 : 0)};
+  if (shift >= clusters) shift -= clusters;
+  const int begin = index * shape.groups_per_cluster + min(index, shape.extra_groups);
+  return {begin, begin + shape.groups_per_cluster + (index < shape.extra_groups ? 1 : 0)};
 }
 
-// The k of a product that a warp owns.
-__device__ __forceinline__ Range warp_k(int in_features, int warp) {
-  const int steps = in_features / kStepK;
-  return {steps * warp / kStepWarps * kStepK, steps * (warp + 1) / kStepWarps * kStepK};
+__device__ __forceinline__ int cluster_rank() { return blockIdx.x % kCluster; }
+
+// The k of a product that a block and a warp of it own.
+__device__ __forceinline__ Range warp_k(int in_features, int first_warp, int warps) {
+  constexpr int kWarps = kCluster * kStepWarps;
+  const int steps = in_features / kStepK, begin = cluster_rank() * kStepWarps + first_warp;
+  return {steps * begin / kWarps * kStepK, steps * (begin + warps) / kWarps * kStepK};
 }
 
 // Groups of the next tile when `left` remain: even parts, of whole sectors.
@@ -153,6 +157,59 @@ struct GridBarrier {
     }
   }
 };
+
+// Among the consumers of a cluster: every warp arrives at every block's barrier and waits at its own.
+// What a warp wrote to shared memory before arrive() is seen after wait() by the whole cluster.
+struct ClusterBarrier {
+  uint32_t barrier;
+  int parity = 0;
+  __device__ __forceinline__ void arrive() const {
+#if __CUDA_ARCH__ >= 900
+    __syncwarp();
+    const int lane = threadIdx.x % kWarpSize;
+    if (lane < kCluster) {
+      uint32_t remote;
+      asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(barrier), "r"(lane));
+      asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote)
+                   : "memory");
+    }
+#endif
+  }
+  __device__ __forceinline__ void wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "wait:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra.uni ready;\n"
+        "bra.uni wait;\n"
+        "ready:\n"
+        "}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+#endif
+    parity ^= 1;
+  }
+};
+
+// A float of another block of the cluster.
+__device__ __forceinline__ float load_remote(uint32_t address) {
+  float value = 0.0f;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+#endif
+  return value;
+}
+__device__ __forceinline__ uint32_t remote_address(const void* pointer, int rank) {
+  uint32_t remote = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(remote)
+               : "r"(shared_address(pointer)), "r"(rank));
+#endif
+  return remote;
+}
 
 // Units of attention (16 keys of one head of one row, or its new token) lie in the order row, head,
 // key and are dealt out evenly: a block owns units [begin(b), begin(b + 1)), and its warps likewise.
@@ -309,7 +366,7 @@ __device__ __forceinline__ void produce(const StepParams<T>& p, const StreamedLa
         continue;
       }
       const ProductShape& shape = p.products[phase];
-      const Range owned = next_groups(shape, shift), ks = warp_k(shape.in_features, warp);
+      const Range owned = next_groups(shape, shift), ks = warp_k(shape.in_features, warp, 1);
       const int64_t pitch = shape.out_features;
       for (int group = owned.begin; group < owned.end;) {
         const int groups = tile_groups(owned.end - group), slot_k = slot_steps(groups) * kStepK;
