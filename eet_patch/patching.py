@@ -53,6 +53,8 @@ class PatchTarget:
         requires: host versions that the adapter was tested with, as "transformers>=4.56,<5.24".
         adapter: makes the pair (plan, forward) for the class when the patch is installed; see
             `Adapter`.
+        level: "layer", or "loop" for what stands above layers that are replaced themselves: its
+            original still runs them, so that `strict` has nothing to raise.
     """
 
     name: str
@@ -60,6 +62,7 @@ class PatchTarget:
     attribute: str
     requires: str
     adapter: Callable[[type, Callable[..., Any]], Adapter]
+    level: str = "layer"
 
     @property
     def host(self) -> str:
@@ -435,7 +438,7 @@ _REMEDY = (
 def _fell_back(patch: Patch, reason: str) -> None:
     with _lock:
         patch.fallbacks[reason] = patch.fallbacks.get(reason, 0) + 1
-    if patch.strict:
+    if patch.strict and patch.target.level == "layer":
         raise FallbackError(f"{patch.target.name} would run the original code: {reason}")
     if reason == GRADIENTS_NEEDED:
         name = patch.target.attribute

@@ -53,6 +53,7 @@ TARGETS: tuple[PatchTarget, ...] = (
         attribute="GPT2LMHeadModel._sample",
         requires=TRANSFORMERS,
         adapter=gpt2_sample.adapter,
+        level="loop",
     ),
     PatchTarget(
         name="gpt2_beam_search",
@@ -60,5 +61,6 @@ TARGETS: tuple[PatchTarget, ...] = (
         attribute="GPT2LMHeadModel._beam_search",
         requires=TRANSFORMERS,
         adapter=gpt2_beam.adapter,
+        level="loop",
     ),
 )

@@ -522,6 +522,15 @@ def test_a_static_cache_runs_the_original():
         assert_fell_back(NAME, "the cache is a StaticCache")
 
 
+def test_strict_lets_the_layers_run():
+    """The loop's original runs replaced layers: nothing runs unpatched, and nothing is raised."""
+    model, inputs = tiny_gpt2(), inputs_of("none", torch.device("cpu"))
+    own = generated(model, inputs, max_new_tokens=1)
+    with patched("gpt2_block", strict=True):
+        assert torch.equal(generated(model, inputs, max_new_tokens=1), own)
+        assert_fell_back(NAME, "a single token is asked for")
+
+
 def test_a_mask_with_holes_runs_the_original(device):
     model, inputs = tiny_gpt2(device), inputs_of("none", device)
     inputs["attention_mask"][1, 4] = 0
