@@ -2,7 +2,8 @@
 // torch in the process, so no caching allocator hides an access out of bounds: each operand is a
 // cudaMalloc of exactly its size, and the device is synchronised after each call. Values are not
 // looked at here; the pytest tests in ops/ check them. `small` as argument runs the reduced set,
-// for racecheck. Linked with csrc/cuda/*.cu (-Icsrc); the exit status is 1 if a call failed.
+// for racecheck; `generation` behind it only what a step of generation runs. Linked with
+// csrc/cuda/*.cu (-Icsrc); the exit status is 1 if a call failed.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -442,12 +443,14 @@ void run_all_blocks(DType dtype) {
 int main(int argc, char** argv) {
   using namespace eet_patch;
   const bool small = argc > 1 && std::strcmp(argv[1], "small") == 0;
+  const bool only_generation = argc > 2 && std::strcmp(argv[2], "generation") == 0;
   for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    run_all_generation(dtype, small);
+    if (only_generation) continue;
     run_all_row_ops(dtype, small);
     run_all_linear(dtype, small);
     run_all_attention(dtype, small);
     run_all_blocks(dtype);
-    run_all_generation(dtype, small);
   }
   return summarize();
 }

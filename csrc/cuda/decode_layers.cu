@@ -259,7 +259,9 @@ Workspace workspace_parts(const DecodeLayersArgs& args) {
   const int64_t hidden_size = args.num_heads * args.head_dim;
   const int64_t bytes = args.rows * element_size(args.dtype);
   Workspace parts = {};
-  parts.qkv = workspace_part(args.rows * args.num_heads * int64_t(sizeof(unsigned)));
+  // The arrivals outlast a call, and the next one may have other rows: their place must not depend
+  // on them.
+  parts.qkv = workspace_part(kMaxSkinnyRows * args.num_heads * int64_t(sizeof(unsigned)));
   parts.context = parts.qkv + workspace_part(3 * hidden_size * bytes);
   parts.middle = parts.context + workspace_part(hidden_size * bytes);
   parts.inner = parts.middle + workspace_part(hidden_size * bytes);

@@ -231,6 +231,28 @@ def test_decode_layers_twice_gives_the_same_bits(device, dtype):
         assert torch.equal(first, run(given, caches=copied(given["caches"])))
 
 
+def test_decode_layers_of_changing_rows_share_a_workspace(device, dtype):
+    """What one call leaves in the workspace doesn't disturb a call of other rows."""
+    given = case(device, dtype, rows=12, capacity=500, lengths=(450, 499, 300) * 4, head_dim=64)
+    table, hidden_states = table_of(given), given["hidden_states"]
+    workspace = decode.decode_layers_workspace(table, hidden_states, 12)
+
+    def step(rows):
+        return decode.decode_layers(
+            hidden_states[:rows],
+            table,
+            given["lengths"][:rows],
+            given["activation"],
+            NORM_EPS,
+            workspace,
+            torch.empty_like(hidden_states[:rows]),
+        )
+
+    expected = {rows: step(rows) for rows in (12, 5, 1)}
+    for rows in (5, 12, 1, 5, 12, 12, 1, 12):
+        assert torch.equal(step(rows), expected[rows])
+
+
 def test_decode_layers_in_place(device, dtype):
     given = case(device, dtype)
     expected = run(given, caches=copied(given["caches"]))
