@@ -308,12 +308,14 @@ def slug(device: str) -> str:
 
 
 def current_commit() -> str:
-    """Commit of the sources, `-dirty` if they differ from it; EET_COMMIT names a bare copy's."""
+    """Commit of the sources, `-dirty` if they differ from it; EET_COMMIT names a copy's."""
+    if named := os.environ.get("EET_COMMIT"):
+        return named
     try:
         head = git("rev-parse", "--short", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS}")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("EET_COMMIT", "")
+        return ""  # a copy without its history
     return head + ("-dirty" if changed else "")
 
 
