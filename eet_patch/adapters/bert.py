@@ -24,7 +24,7 @@ from eet_patch.adapters.host import (
     version_before,
 )
 from eet_patch.gates import note_sound, still_sound, submodule_reason
-from eet_patch.ops import launch
+from eet_patch.ops import blocks
 from eet_patch.ops.attention import MAX_HEAD_DIM
 from eet_patch.ops.launch import Norm
 from eet_patch.patching import Adapter
@@ -147,7 +147,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
                 plan.crop,
             )
         with held:
-            hidden_states = launch.attention_block(
+            hidden_states = blocks.attention_block(
                 hidden_states,
                 (query["weight"], key["weight"], value["weight"]),
                 (query["bias"], key["bias"], value["bias"]),
@@ -168,7 +168,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
             fc1 = modules["intermediate"]._modules["dense"]._parameters
             output = modules["output"]._modules
             fc2 = output["dense"]._parameters
-            hidden_states = launch.ffn(
+            hidden_states = blocks.ffn(
                 hidden_states,
                 fc1["weight"],
                 fc1["bias"],
@@ -310,7 +310,7 @@ def _cross_attention(
         kept = past.cross_attention_cache.layers[own.layer_idx]
         keys, values = kept.keys, kept.values
     else:
-        pair = launch.project_kv(
+        pair = blocks.project_kv(
             encoder.view(batch * kv_len, hidden_size),
             (key["weight"], value["weight"]),
             (key["bias"], value["bias"]),
@@ -325,7 +325,7 @@ def _cross_attention(
         if past is not None:
             keys, values = past.cross_attention_cache.update(keys, values, own.layer_idx)
             past.is_updated[own.layer_idx] = True
-    return launch.cross_attention_block(
+    return blocks.cross_attention_block(
         hidden_states,
         (query["weight"],),
         (query["bias"],),

@@ -26,7 +26,7 @@ from eet_patch.adapters.host import (
     version_before,
 )
 from eet_patch.gates import note_sound, still_sound, submodule_reason
-from eet_patch.ops import launch
+from eet_patch.ops import blocks
 from eet_patch.ops.attention import MAX_HEAD_DIM
 from eet_patch.ops.launch import Norm
 from eet_patch.patching import Adapter
@@ -124,7 +124,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
                 plan.crop,
             )
         with held:
-            hidden_states = launch.attention_block(
+            hidden_states = blocks.attention_block(
                 hidden_states,
                 (c_attn["weight"],),
                 (c_attn["bias"],),
@@ -143,7 +143,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
             if arguments.get("encoder_hidden_states") is not None:
                 hidden_states = _cross_attention(plan, layer, hidden_states, arguments)
             fc, proj = mlp._modules["c_fc"]._parameters, mlp._modules["c_proj"]._parameters
-            hidden_states = launch.ffn(
+            hidden_states = blocks.ffn(
                 hidden_states,
                 fc["weight"],
                 fc["bias"],
@@ -298,7 +298,7 @@ def _cross_attention(
         key, value = kept.keys, kept.values
     else:
         c_attn = modules["c_attn"]._parameters
-        pair = launch.project_kv(
+        pair = blocks.project_kv(
             encoder.view(batch * kv_len, hidden_size),
             (c_attn["weight"],),
             (c_attn["bias"],),
@@ -313,7 +313,7 @@ def _cross_attention(
             past.is_updated[cross.layer_idx] = True
     q_attn, c_proj = modules["q_attn"]._parameters, modules["c_proj"]._parameters
     scale = softmax_scale(cross, attention_implementation(cross.config))
-    return launch.cross_attention_block(
+    return blocks.cross_attention_block(
         hidden_states,
         (q_attn["weight"],),
         (q_attn["bias"],),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from eet_patch.ops import launch
+from eet_patch.ops import blocks, launch
 from eet_patch.ops._extension import NORM_CODES
 from eet_patch.ops.checks import (
     check_choice,
@@ -241,7 +241,7 @@ def multi_head_attention(
         batch_size, seq_len, _ = hidden_states.shape
         sizes = (batch_size, num_heads, seq_len, seq_len)
         mask = one_mask(attention_mask, key_padding_mask, hidden_states, sizes)
-    return launch.attention_block(
+    return blocks.attention_block(
         hidden_states,
         (query_weight, key_weight, value_weight),
         (query_bias, key_bias, value_bias),
@@ -349,7 +349,7 @@ def masked_multi_head_attention(
         check_index(kv_start, hidden_states, "kv_start")
         check_shape(kv_start, (batch_size,), "kv_start")
     sizes = (batch_size, num_heads, q_len, past_len + q_len)
-    return launch.attention_block(
+    return blocks.attention_block(
         hidden_states,
         (query_weight, key_weight, value_weight),
         (query_bias, key_bias, value_bias),
@@ -429,7 +429,7 @@ def cross_multi_head_attention(
     if batch_size * q_len == 0:
         return hidden_states.clone()
     sizes = (batch_size, num_heads, q_len, key.shape[2])
-    return launch.cross_attention_block(
+    return blocks.cross_attention_block(
         hidden_states,
         (query_weight,),
         (query_bias,),

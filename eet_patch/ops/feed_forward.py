@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from eet_patch.ops import launch
+from eet_patch.ops import blocks, launch
 from eet_patch.ops._extension import ACTIVATION_CODES, NORM_CODES
 from eet_patch.ops.checks import check_choice, check_contiguous, check_operand, check_vector
 from eet_patch.ops.launch import Norm
@@ -72,7 +72,7 @@ def ffn(
         raise ValueError(f"norm_weight must be given with norm={norm!r}, got None")
     check_vector(norm_weight, hidden_size, hidden_states, "norm_weight")
     check_vector(norm_bias, hidden_size, hidden_states, "norm_bias")
-    return launch.ffn(
+    return blocks.ffn(
         hidden_states,
         fc1_weight,
         fc1_bias,

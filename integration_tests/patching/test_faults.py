@@ -10,7 +10,7 @@ from helpers import REPOSITORY, tiny_gpt2, token_ids
 from transformers import DynamicCache
 
 import eet_patch
-from eet_patch.ops import launch
+from eet_patch.ops import blocks
 
 NAME = "gpt2_block"
 
@@ -21,7 +21,7 @@ def test_out_of_memory_runs_the_original_once(monkeypatch, device, function):
     model, ids = tiny_gpt2(device), token_ids(2, 5, device)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     own = model.generate(ids, past_key_values=DynamicCache(), **settings)
-    kernel, calls = getattr(launch, function), []
+    kernel, calls = getattr(blocks, function), []
 
     def runs_out(*args, **kwargs):
         calls.append(1)
@@ -29,7 +29,7 @@ def test_out_of_memory_runs_the_original_once(monkeypatch, device, function):
             raise torch.OutOfMemoryError("made up")
         return kernel(*args, **kwargs)
 
-    monkeypatch.setattr(launch, function, runs_out)
+    monkeypatch.setattr(blocks, function, runs_out)
     with eet_patch.enabled(exclude="gpt2_sample"):
         out = model.generate(ids, past_key_values=DynamicCache(), **settings)
     assert torch.equal(out, own)
@@ -44,7 +44,7 @@ def test_out_of_memory_after_the_hosts_update_is_the_users(monkeypatch, device):
     def runs_out(*args, **kwargs):
         raise torch.OutOfMemoryError("made up")
 
-    monkeypatch.setattr(launch, "ffn", runs_out)
+    monkeypatch.setattr(blocks, "ffn", runs_out)
     with eet_patch.enabled(), pytest.raises(torch.OutOfMemoryError, match="made up"):
         model.generate(
             ids, max_new_tokens=2, do_sample=False, pad_token_id=0, cache_implementation="static"
