@@ -30,6 +30,8 @@ OWN_ARGUMENTS = frozenset(
     {"input_ids", "logits_processor", "stopping_criteria", "generation_config"}
     | {"synced_gpus", "streamer"}
 )
+# What transformers' loop calls between two tokens, and ours does not.
+HOOK_METHODS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
 
 class Context(NamedTuple):
@@ -141,6 +143,10 @@ def model_reason(model: Any, model_cls: type, block_cls: type) -> str | None:
     """What of the model the loop would skip, or can't read in place."""
     if getattr(model, "model_parallel", False):
         return "model.parallelize() is in force"
+    for name in HOOK_METHODS:
+        method = getattr(type(model), name)
+        if name in vars(model) or not method.__module__.startswith("transformers."):
+            return f"{name} was replaced"
     head: Any = model._modules["lm_head"]
     beneath: Any = model._modules["transformer"]
     kind = type(beneath)

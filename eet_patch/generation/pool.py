@@ -13,6 +13,7 @@ from torch import Tensor
 
 from eet_patch import patching, reporting
 from eet_patch.generation.step import DecoderModel, DecodeStep
+from eet_patch.ops._extension import place
 
 MAX_IDLE = 2  # steps a model keeps
 # What idle steps of a model may hold: this many bytes, or this share of the weights, if more.
@@ -47,6 +48,7 @@ def borrow(owner: Any, model: DecoderModel, batch_size: int, kv_len: int) -> Dec
     given back.
     """
     addresses = model.addresses()
+    stream = place(model.word_weight)[2]
     with _lock:
         idle = _idle.get(owner, [])
         for entry in idle:
@@ -54,12 +56,14 @@ def borrow(owner: Any, model: DecoderModel, batch_size: int, kv_len: int) -> Dec
             if step.batch_size != batch_size or not kv_len <= step.capacity <= 2 * kv_len + BLOCK:
                 continue
             idle.remove(entry)
-            if step.addresses == addresses and _uses(step) == entry.uses:
+            # On another stream its last call may still be under way.
+            same = step.addresses == addresses and step.stream == stream
+            if same and _uses(step) == entry.uses:
                 _lent.add(step)
                 return step
             break
     step = DecodeStep(model, batch_size, (kv_len + BLOCK - 1) // BLOCK * BLOCK)
-    step.unshared_uses = _uses(step)
+    step.unshared_uses, step.stream = _uses(step), stream
     with _lock:
         _lent.add(step)
     return step

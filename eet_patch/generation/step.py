@@ -7,6 +7,7 @@ selection. A step belongs to one call at a time; `pool` lends them out.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import NamedTuple
 
@@ -18,6 +19,14 @@ from eet_patch.ops._extension import ACTIVATION_CODES, extension, place
 from eet_patch.ops.launch import address, three_addresses
 
 MAX_GRAPHS = 12  # of one step: batch sizes as it shrinks, and selections
+
+
+def plain_tensors() -> contextlib.ExitStack:
+    """Tensors made inside may be written to by a later call, in inference mode or out of it."""
+    scopes = contextlib.ExitStack()
+    scopes.enter_context(torch.inference_mode(False))
+    scopes.enter_context(torch.no_grad())
+    return scopes
 
 
 class DecoderModel(NamedTuple):
@@ -83,6 +92,10 @@ class DecodeStep:
     """
 
     def __init__(self, model: DecoderModel, batch_size: int, capacity: int) -> None:
+        with plain_tensors():
+            self._allocate(model, batch_size, capacity)
+
+    def _allocate(self, model: DecoderModel, batch_size: int, capacity: int) -> None:
         like = model.word_weight
         device, hidden_size = like.device, model.hidden_size
         head_dim = hidden_size // model.num_heads
@@ -109,7 +122,9 @@ class DecodeStep:
         self.unfinished_count = integers(torch.int32, 1)
         self.hidden_states = like.new_empty(batch_size, hidden_size)
         self.logits = like.new_empty(batch_size, model.vocab_size)
-        self.unshared_uses: list[int] = []  # of the caches' storages, for the pool
+        # For the pool: of the caches' storages, and the stream that all of it was made on.
+        self.unshared_uses: list[int] = []
+        self.stream = 0
         self.key_rows: Tensor | None = None  # of beams; see `decode_layers`
         self.seen: Tensor | None = None
         self.noise: Tensor | None = None
@@ -166,16 +181,18 @@ class DecodeStep:
         self.suppressed_tokens = self._constant(self.suppressed_tokens, choice.suppressed_tokens)
         vocab_size = self.logits.shape[1]
         if choice.sample and self.noise is None:
-            self.noise = torch.empty(self.batch_size, vocab_size, device=self.device)
+            with plain_tensors():
+                self.noise = torch.empty(self.batch_size, vocab_size, device=self.device)
 
     def share_past(self, kv_len: int, beams: int) -> Tensor:
         """From now on the past is read through `key_rows`, which is returned: the context stands in
         the first cache row of each `beams` rows.
         """
         if self.key_rows is None:
-            self.key_rows = torch.empty(
-                self.batch_size, self.capacity, dtype=torch.int32, device=self.device
-            )
+            with plain_tensors():
+                self.key_rows = torch.empty(
+                    self.batch_size, self.capacity, dtype=torch.int32, device=self.device
+                )
         own = torch.arange(self.batch_size, dtype=torch.int32, device=self.device)[:, None]
         self.key_rows[:] = own
         self.key_rows[:, :kv_len] = own // beams * beams
@@ -192,9 +209,9 @@ class DecodeStep:
         vocab_size = self.logits.shape[1]
         packed = selection.seen_tokens(sequences.clamp(max=vocab_size - 1), vocab_size)
         if self.seen is None:
-            self.seen = packed
-        else:
-            self.seen.copy_(packed)
+            with plain_tensors():
+                self.seen = torch.empty_like(packed)
+        self.seen.copy_(packed)
 
     def _constant(self, held: Tensor | None, values: tuple[int, ...]) -> Tensor | None:
         if not values:

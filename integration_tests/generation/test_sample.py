@@ -382,6 +382,27 @@ def test_weights_are_read_where_they_are(device):
     assert_equal_tokens(model, inputs)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_sample": True, "repetition_penalty": 1.3, "top_k": 9},
+        {"num_beams": 3, "repetition_penalty": 1.3},
+    ],
+    ids=str,
+)
+def test_in_and_out_of_inference_mode(device, settings):
+    """Buffers that a call in inference mode leaves behind serve one out of it."""
+    model, inputs = tiny_gpt2(device), inputs_of("left", device)
+    own = generated(model, inputs, **settings)
+    with patched():
+        with torch.inference_mode():
+            assert torch.equal(generated(model, inputs, **settings), own)
+        assert torch.equal(generated(model, inputs, **settings), own)
+        with torch.inference_mode():
+            assert torch.equal(generated(model, inputs, **settings), own)
+
+
 def test_idle_memory_is_reported_and_freed(device):
     model, inputs = tiny_gpt2(device), inputs_of("none", device)
     (name,) = [name for name in eet_patch.report().memory if name.startswith("decode steps")]
@@ -508,6 +529,26 @@ def test_runs_the_original(change, settings, reason):
     if not isinstance(own, torch.Tensor):
         own, out = own.sequences, out.sequences
     assert torch.equal(out, own)
+
+
+@pytest.mark.parametrize("on", ["instance", "class"])
+def test_a_replaced_method_runs_the_original(on, monkeypatch):
+    """The user's own preparation of inputs must be asked for every token."""
+    model, inputs = tiny_gpt2(), inputs_of("none", torch.device("cpu"))
+    original, calls = type(model).prepare_inputs_for_generation, []
+
+    def prepare(self, *args, **kwargs):
+        calls.append(1)
+        return original(self, *args, **kwargs)
+
+    if on == "class":
+        monkeypatch.setattr(type(model), "prepare_inputs_for_generation", prepare)
+    else:
+        model.prepare_inputs_for_generation = prepare.__get__(model)
+    with eet_patch.enabled():
+        generated(model, inputs)
+        assert_fell_back(NAME, "prepare_inputs_for_generation was replaced")
+    assert len(calls) == 24
 
 
 def test_a_static_cache_runs_the_original():
