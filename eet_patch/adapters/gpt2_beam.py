@@ -98,7 +98,9 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
             plan.context,
             plan.options.num_beams,
         )
-        input_ids, past = arguments["input_ids"], arguments["past_key_values"]
+        input_ids, past = arguments["input_ids"], arguments.get("past_key_values")
+        if past is None:
+            past = sys.modules["transformers.cache_utils"].DynamicCache(config=model.config)  # type: ignore[attr-defined]
         rows = input_ids.shape[0]
         # All memory is taken before anything is done: out of it, the original runs.
         step = pool.borrow(model, plan.model, rows, context.kv_len + context.new_tokens)

@@ -75,8 +75,8 @@ def context_of(model: Any, arguments: dict[str, Any]) -> Context | str:
         return "the maximum length is beyond the model's positions"
     if new_tokens < 2:
         return "a single token is asked for"
-    past = arguments["past_key_values"]
-    fresh = past.get_seq_length() == 0 and not getattr(past, "_is_user_defined", False)
+    fresh = past_length(arguments) == 0
+    fresh = fresh and not getattr(arguments.get("past_key_values"), "_is_user_defined", False)
     return Context(kv_len, starts.to(torch.int32), next_positions, new_tokens, max_length, fresh)
 
 
@@ -88,13 +88,17 @@ def call_reason(model: Any, arguments: dict[str, Any], config: Any) -> str | Non
         if arguments[name] is not None and arguments[name] is not False:
             return f"generate() got {name}, which the loop doesn't know"
     past = arguments.get("past_key_values")
-    if not arguments.get("use_cache", True) or past is None:
+    if not arguments.get("use_cache", True):
         return "generate() runs without a cache"
-    if type(past).__name__ != "DynamicCache" or getattr(past, "offloading", False):
+    if (
+        past is not None
+        and type(past).__name__ != "DynamicCache"
+        or getattr(past, "offloading", False)
+    ):
         return f"the cache is a {type(past).__name__}" + (
             " that is offloaded" if getattr(past, "offloading", False) else ""
         )
-    if any(type(layer).__name__ != "DynamicLayer" for layer in past.layers):
+    if past is not None and any(type(layer).__name__ != "DynamicLayer" for layer in past.layers):
         return "the cache has layers other than DynamicLayer"
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         return "attentions or hidden states of each step were asked for"
@@ -125,6 +129,12 @@ def call_reason(model: Any, arguments: dict[str, Any], config: Any) -> str | Non
     return None
 
 
+def past_length(arguments: dict[str, Any]) -> int:
+    """Tokens in the cache before the call. transformers 5.0 leaves it to the model to make one."""
+    past = arguments.get("past_key_values")
+    return 0 if past is None else past.get_seq_length()
+
+
 def context_length(arguments: dict[str, Any], config: Any) -> int | None:
     """How many keys there will be after the context; None where only the host could tell."""
     mask = arguments.get("attention_mask")
@@ -133,7 +143,7 @@ def context_length(arguments: dict[str, Any], config: Any) -> int | None:
     told = getattr(config, "_mask_length", None)  # from 5.23 on a mask of ones is dropped
     if isinstance(told, int) and told > 0:
         return told
-    if arguments["past_key_values"].get_seq_length() > 0:
+    if past_length(arguments) > 0:
         return None
     embeds = arguments.get("inputs_embeds")
     return (arguments["input_ids"] if embeds is None else embeds).shape[1]
