@@ -90,14 +90,12 @@ def call_reason(model: Any, arguments: dict[str, Any], config: Any) -> str | Non
     past = arguments.get("past_key_values")
     if not arguments.get("use_cache", True):
         return "generate() runs without a cache"
-    if (
-        past is not None
-        and type(past).__name__ != "DynamicCache"
-        or getattr(past, "offloading", False)
-    ):
-        return f"the cache is a {type(past).__name__}" + (
-            " that is offloaded" if getattr(past, "offloading", False) else ""
-        )
+    if past is not None:
+        kind = type(past)
+        if (kind.__module__, kind.__name__) != ("transformers.cache_utils", "DynamicCache"):
+            return f"the cache is a {kind.__name__}"
+        if getattr(past, "offloading", False):
+            return "the cache is a DynamicCache that is offloaded"
     if past is not None and any(type(layer).__name__ != "DynamicLayer" for layer in past.layers):
         return "the cache has layers other than DynamicLayer"
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
