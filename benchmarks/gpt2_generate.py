@@ -7,8 +7,7 @@
 floor: layer weights and output embedding, and the KV cache at its mean length, read once a token.
 check: the unpatched model reads each provider's tokens in one pass; every token must be its best
 one, or closer to it than the two may differ by rounding.
-On a GPU cuDNN's attention is off for all: it plans anew for each length of the cache, which takes
-most of an unpatched step.
+On a GPU cuDNN's attention is off for all: it plans anew for each length of the cache.
 """
 
 import argparse

@@ -22,17 +22,8 @@ IDLE_SHARE = 0.05
 BLOCK = 64  # tokens; capacities are multiples of it, so that calls of like lengths share buffers
 
 _lock = threading.Lock()
-_idle: weakref.WeakKeyDictionary[Any, list[_Idle]] = weakref.WeakKeyDictionary()
+_idle: weakref.WeakKeyDictionary[Any, list[DecodeStep]] = weakref.WeakKeyDictionary()
 _lent: weakref.WeakSet[DecodeStep] = weakref.WeakSet()
-
-
-class _Idle:
-    """A step and how many references its caches' storages had when nobody else held any."""
-
-    __slots__ = ("step", "uses")
-
-    def __init__(self, step: DecodeStep) -> None:
-        self.step, self.uses = step, _uses(step)
 
 
 def _uses(step: DecodeStep) -> list[int]:
@@ -51,14 +42,14 @@ def borrow(owner: Any, model: DecoderModel, batch_size: int, kv_len: int) -> Dec
     stream = place(model.word_weight)[2]
     with _lock:
         idle = _idle.get(owner, [])
-        for entry in idle:
-            step = entry.step
+        for step in idle:
             if step.batch_size != batch_size or not kv_len <= step.capacity <= 2 * kv_len + BLOCK:
                 continue
-            idle.remove(entry)
+            idle.remove(step)
             # On another stream its last call may still be under way.
             same = step.addresses == addresses and step.stream == stream
-            if same and _uses(step) == entry.uses:
+            # Somebody may still hold the cache that the last call handed over.
+            if same and _uses(step) == step.unshared_uses:
                 _lent.add(step)
                 return step
             break
@@ -75,13 +66,11 @@ def give_back(owner: Any, model: DecoderModel, step: DecodeStep) -> None:
     """
     weights = sum(t.nbytes for layer in model.layers for t in layer if isinstance(t, Tensor))
     limit = max(IDLE_BYTES, int(IDLE_SHARE * (weights + model.head_weight.nbytes)))
-    entry = _Idle(step)
-    entry.uses = step.unshared_uses
     with _lock:
         _lent.discard(step)
         idle = _idle.setdefault(owner, [])
-        idle.append(entry)
-        while idle and (len(idle) > MAX_IDLE or sum(e.step.nbytes() for e in idle) > limit):
+        idle.append(step)
+        while idle and (len(idle) > MAX_IDLE or sum(s.nbytes() for s in idle) > limit):
             idle.pop(0)
 
 
@@ -93,7 +82,7 @@ def release() -> None:
 
 def held_bytes() -> int:
     with _lock:
-        steps = {id(e.step): e.step for entries in _idle.values() for e in entries}
+        steps = {id(step): step for idle in _idle.values() for step in idle}
         steps.update((id(step), step) for step in _lent)
         return sum(step.nbytes() for step in steps.values())
 

@@ -351,6 +351,3 @@ class DecodeStep:
             self.slots,
         ):
             state[: len(kept)] = state[index]
-
-
-__all__ = ["DecodeStep", "DecoderModel", "Selection"]

@@ -2,7 +2,9 @@
 bit for bit of the generator against the unpatched model.
 """
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 
@@ -403,6 +405,19 @@ def test_in_and_out_of_inference_mode(device, settings):
             assert torch.equal(generated(model, inputs, **settings), own)
 
 
+def test_a_model_that_has_generated_is_as_before(device):
+    """Nothing is left on the model: it copies and pickles, and its copy generates."""
+    model, inputs = tiny_gpt2(device), inputs_of("left", device)
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    with patched(NAME):
+        own = generated(model, inputs)
+        assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+        assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(generated(twin, inputs), own)
+
+
 def test_idle_memory_is_reported_and_freed(device):
     model, inputs = tiny_gpt2(device), inputs_of("none", device)
     (name,) = [name for name in eet_patch.report().memory if name.startswith("decode steps")]
@@ -479,7 +494,7 @@ def test_random_calls(device):
             settings |= {"top_k": pick(0, 5, 50), "top_p": pick(1.0, 0.9)}
         own = generated(model, inputs, seed=call, **settings)
         state = generator_state(device)
-        with eet_patch.enabled():
+        with patched(NAME):
             out = generated(model, inputs, seed=call, **settings)
         assert torch.equal(out, own), f"call {call}: {settings}"
         assert torch.equal(generator_state(device), state), f"call {call}: {settings}"
