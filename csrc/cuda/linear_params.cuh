@@ -9,6 +9,8 @@
 
 namespace eet_patch::cuda {
 
+constexpr int kNormTile = 64;  // columns of a row that one pair of partial statistics stands for
+
 template <typename T>
 struct LinearParams {
   T* out;
@@ -17,10 +19,14 @@ struct LinearParams {
   const T *bias0, *bias1, *bias2;
   const T* residual;  // may be out
   const T *norm_weight, *norm_bias;
+  const float2* norm_partials;  // of the input; null: the statistics are taken from the input
+  float2* out_partials;  // (rows, ceil(out_features / kNormTile)) mean, sum of squares about it
   int64_t input_stride, out_stride;
   int rows, in_features, out_features, num_weights;
   float norm_eps;
   Activation activation;
+  bool pairs;         // two neighbours of bias, residual and out may be one access
+  bool release_late;  // the next launch starts only after the one before this has ended
 
   __device__ __forceinline__ const T* weight(int i) const {
     return i == 0 ? weight0 : i == 1 ? weight1 : weight2;
@@ -53,6 +59,7 @@ __device__ __forceinline__ void row_statistics(const LinearParams<T>& p, float* 
     const T* input = p.input + row * p.input_stride;
     float values[kVector];
     float sum = 0.0f;
+#pragma unroll 4
     for (int k = lane * kVector; k < p.in_features; k += kWarpSize * kVector) {
       load_vector(input + k, values);
 #pragma unroll
@@ -60,6 +67,7 @@ __device__ __forceinline__ void row_statistics(const LinearParams<T>& p, float* 
     }
     const float mean = warp_sum(sum) / p.in_features;
     float squares = 0.0f;
+#pragma unroll 4
     for (int k = lane * kVector; k < p.in_features; k += kWarpSize * kVector) {
       load_vector(input + k, values);
 #pragma unroll
