@@ -1,5 +1,5 @@
-// Thread block clusters: rank, barrier in two halves, and stores to the shared memory of another
-// block of the cluster. Before sm_90, and without a cluster, a block is rank 0 of 1.
+// Thread block clusters: rank, start-up barrier, and stores to the shared memory of another block
+// of the cluster. Before sm_90, and without a cluster, a block is rank 0 of 1.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -30,11 +30,11 @@ __device__ __forceinline__ int cluster_size() {
 #endif
 }
 
-// Every thread of every block of the cluster calls both, in this order. What was stored before the
-// arrival, in any block's shared memory, is seen after the wait.
+// Every thread of every block of the cluster calls both, in this order: after the wait all of them
+// have started. Orders no memory (a fence here costs more than the barrier).
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void cluster_wait() {
@@ -43,16 +43,29 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// Stores to where `target`, an address of this block's shared memory, lies in the block `rank`.
-// That block must have started, and must not end before it.
-__device__ __forceinline__ void store_to_rank(float* target, int rank, float value) {
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Where an address of this block's shared memory lies in the block `rank`.
+__device__ __forceinline__ uint32_t address_in_rank(uint32_t address, int rank) {
 #if __CUDA_ARCH__ >= 900
-  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(target));
   uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(own), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
 #else
-  *target = value;
+  return address;
+#endif
+}
+
+// Stores 4 bytes in a block of the cluster, which has started, and counts them at a barrier there
+// (bulk_copy.cuh): both addresses of address_in_rank. Who waits for the barrier sees them.
+__device__ __forceinline__ void push(uint32_t target, float value, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(target),
+      "r"(__float_as_uint(value)), "r"(barrier)
+      : "memory");
 #endif
 }
 

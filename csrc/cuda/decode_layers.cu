@@ -25,8 +25,8 @@ int attention_splits(const DecodeLayersArgs& args) {
   const int64_t pairs = std::max<int64_t>(1, args.rows * args.num_heads);
   const int64_t blocks =
       int64_t(kBlocksPerMultiprocessor) * device_attribute(cudaDevAttrMultiProcessorCount);
-  const int64_t splits = std::min({int64_t(kMaxClusterSize), ceil_div(blocks, pairs),
-                                   ceil_div(args.max_kv_len, kMinSplitKeys)});
+  const int64_t splits = std::min(
+      {int64_t(kMaxClusterSize), blocks / pairs, ceil_div(args.max_kv_len, kMinSplitKeys)});
   return static_cast<int>(std::max<int64_t>(1, splits));
 }
 

@@ -1,11 +1,12 @@
 // Products of few rows with a weight in place, in either order, up to three weights side by side,
 // with layer norm before and bias, activation and residual after. fp16 and bf16 of aligned sizes go
-// to the tensor core kernel of linear_mma.cuh; fp32 (never TF32) and sizes that 16-byte loads
-// cannot serve go to the two plain FMA kernels here.
+// to the tensor core kernels of linear_stream.cuh and, before sm_90, linear_mma.cuh; fp32 (never
+// TF32) and sizes that 16-byte loads cannot serve go to the two plain FMA kernels here.
 #include <algorithm>
 
 #include "cuda/launchers.h"
 #include "cuda/linear_mma.cuh"
+#include "cuda/linear_stream.cuh"
 
 namespace eet_patch::cuda {
 namespace {
@@ -15,8 +16,9 @@ constexpr int kPlainWarps = 8;
 constexpr int kInOutWarps = 16;
 constexpr int kReservedShared = 2048;  // the driver's share of a block, and the static arrays
 constexpr int kBlocksPerMultiprocessor =
-    2;  // of a product; as many of the next one fit beside them
-constexpr int kPanelBytes = 32 * 1024;
+    2;                                  // of a product; as many of the next one fit beside them
+constexpr int kPanelBytes = 37 * 1024;  // 1024 k of 16 rows, with the norm's weight and bias
+constexpr int kPrefetchChunks = 12;     // behind the ring: 24 MB for two blocks a multiprocessor
 
 // (out, in) weights: a warp owns one output column and strides over k; the input comes through L1.
 // Any sizes; kVector > 1 needs 16-byte aligned rows. Moves every weight once per kRowBlock rows.
@@ -29,7 +31,7 @@ __global__ void __launch_bounds__(kPlainWarps* kWarpSize)
   if (p.release_late) release_dependents();
   const bool norm = p.norm_weight != nullptr;
   if (norm) {
-    row_statistics<T, kVector>(p, means, scales);
+    row_statistics<T, kVector>(p, means, scales, kPlainWarps);
     __syncthreads();
   }
   const int lane = threadIdx.x % kWarpSize;
@@ -83,7 +85,7 @@ __global__ void __launch_bounds__(kInOutWarps* kWarpSize)
   if (p.release_late) release_dependents();
   const bool norm = p.norm_weight != nullptr;
   if (norm) {
-    row_statistics<T, 1>(p, means, scales);
+    row_statistics<T, 1>(p, means, scales, kInOutWarps);
     __syncthreads();
   }
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -124,49 +126,85 @@ __global__ void __launch_bounds__(kInOutWarps* kWarpSize)
   }
 }
 
+bool has_bulk_copies() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
+
 template <typename T, int kRows, bool kInOut>
-cudaError_t launch_mma(const LinearParams<T>& p, LaunchConfig config) {
-  using Tile = LinearTile<kRows>;
+cudaError_t launch_stream(const LinearParams<T>& p, LaunchConfig config) {
+  using Tile = StreamTile<kRows>;
   const int multiprocessors = std::max(1, device_attribute(cudaDevAttrMultiProcessorCount));
   const int resident = kBlocksPerMultiprocessor * multiprocessors;
   const int tiles = static_cast<int>(ceil_div(p.out_features, kNormTile)) * p.num_weights;
   const int chunks = static_cast<int>(ceil_div(p.in_features, Tile::kChunkK));
 
   // Where the tiles leave multiprocessors idle, K is split over a cluster.
-  int ranks = 1;
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9)
-    ranks = std::max(1, std::min({kMaxClusterSize, resident / tiles, chunks}));
-  const int rank_chunks = static_cast<int>(ceil_div(chunks, ranks));
-  ranks = static_cast<int>(ceil_div(chunks, rank_chunks));
-  const int block_tiles = static_cast<int>(ceil_div(tiles * ranks, resident));
+  const int most_ranks = std::max(1, std::min({kMaxClusterSize, resident / tiles, chunks}));
+  const int rank_chunks = static_cast<int>(ceil_div(chunks, most_ranks));
+  const int ranks = static_cast<int>(ceil_div(chunks, rank_chunks));
+  const int block_tiles = static_cast<int>(ceil_div(int64_t(tiles) * ranks, resident));
   const int blocks = static_cast<int>(ceil_div(tiles, block_tiles)) * ranks;
 
-  const int ring_bytes =
-      static_cast<int>(std::min<int64_t>(int64_t(rank_chunks) * block_tiles, Tile::kStages)) *
-      Tile::kChunkBytes;
-  const int max_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const int panel_bytes = std::min(
-      kPanelBytes, max_shared - kReservedShared - ring_bytes - Tile::sum_bytes(p.rows, ranks));
-  const int fitting =
-      (panel_bytes / static_cast<int>(sizeof(T)) / p.rows - Tile::kPad) / Tile::kChunkK;
-  if (fitting < 1) return cudaErrorInvalidConfiguration;
-  const int panel_k = std::min(rank_chunks, fitting) * Tile::kChunkK;
+  const bool norm = p.norm_weight != nullptr;
+  const int stages =
+      static_cast<int>(std::min<int64_t>(int64_t(rank_chunks) * block_tiles, Tile::kStages));
+  const int other_bytes =
+      stages * Tile::kChunkBytes + Tile::sum_bytes(p.rows, ranks) + Tile::kSmallBytes;
+  int panel_chunks = rank_chunks;
+  while (panel_chunks > 1 &&
+         Tile::panel_bytes(p.rows, panel_chunks * Tile::kChunkK, norm) > kPanelBytes)
+    --panel_chunks;
+  const int panel_k = panel_chunks * Tile::kChunkK;
 
-  config.shared_bytes = p.rows * (panel_k + Tile::kPad) * static_cast<int>(sizeof(T)) +
-                        Tile::sum_bytes(p.rows, ranks) + ring_bytes;
+  LinearMaps maps = {};
+  cudaError_t error = cudaSuccess;
+  for (int i = 0; i < p.num_weights && error == cudaSuccess; ++i) {
+    error = make_tensor_map(maps.weight + i, p.weight(i), kInOut ? p.in_features : p.out_features,
+                            kInOut ? p.out_features : p.in_features,
+                            kInOut ? Tile::kChunkK : kNormTile);
+  }
+  if (error != cudaSuccess) return error;
+  config.shared_bytes = other_bytes + Tile::panel_bytes(p.rows, panel_k, norm);
   config.grid = dim3(static_cast<unsigned>(blocks));
-  config.block = dim3(kLinearThreads);
+  config.block = dim3(kStreamThreads);
   config.cluster_size = ranks;
-  return launch(config, linear_mma_kernel<T, kRows, kInOut>, p, panel_k,
-                rank_chunks * Tile::kChunkK);
+  return launch(config, linear_stream_kernel<T, kRows, kInOut>, p, maps, panel_k,
+                rank_chunks * Tile::kChunkK, stages, kPrefetchChunks);
+}
+
+template <typename T, int kRows, bool kInOut>
+cudaError_t launch_mma(const LinearParams<T>& p, LaunchConfig config) {
+  using Tile = MmaTile<kRows, kInOut>;
+  constexpr int kUnitK = Tile::kUnitSteps * Tile::kStepK;
+  const int multiprocessors = std::max(1, device_attribute(cudaDevAttrMultiProcessorCount));
+  const int max_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int tiles = static_cast<int>(ceil_div(p.out_features, Tile::kColumns)) * p.num_weights;
+  const int64_t row_bytes = (max_shared - kReservedShared - Tile::kSumBytes) / p.rows;
+  const int64_t fitting = (row_bytes / int64_t(sizeof(T)) - Tile::kPad) / kUnitK * kUnitK;
+  if (fitting < kUnitK) return cudaErrorInvalidConfiguration;
+  const int panel_k = static_cast<int>(std::min<int64_t>(round_up(p.in_features, kUnitK), fitting));
+  config.shared_bytes =
+      round_up(int64_t(p.rows) * (panel_k + Tile::kPad) * int64_t(sizeof(T)), 16) + Tile::kSumBytes;
+  const int64_t multiprocessor_bytes =
+      device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  const bool two =
+      kRows <= 16 && 2 * int64_t(config.shared_bytes + kReservedShared) <= multiprocessor_bytes;
+  const int resident = (two ? 2 : 1) * multiprocessors;  // blocks at a time; each walks its tiles
+  config.grid = dim3(static_cast<unsigned>(std::min(tiles, resident)));
+  config.block = dim3(kMmaThreads);
+  return launch(config, linear_mma_kernel<T, kRows, kInOut>, p, panel_k);
+}
+
+template <typename T, int kRows, bool kInOut>
+cudaError_t launch_tensor_cores(const LinearParams<T>& p, const LaunchConfig& config) {
+  return has_bulk_copies() ? launch_stream<T, kRows, kInOut>(p, config)
+                           : launch_mma<T, kRows, kInOut>(p, config);
 }
 
 template <typename T, bool kInOut>
-cudaError_t launch_mma_rows(const LinearParams<T>& p, const LaunchConfig& config) {
-  if (p.rows <= 8) return launch_mma<T, 8, kInOut>(p, config);
-  if (p.rows <= 16) return launch_mma<T, 16, kInOut>(p, config);
-  if (p.rows <= 32) return launch_mma<T, 32, kInOut>(p, config);
-  return launch_mma<T, 64, kInOut>(p, config);
+cudaError_t launch_tensor_cores(const LinearParams<T>& p, const LaunchConfig& config) {
+  if (p.rows <= 8) return launch_tensor_cores<T, 8, kInOut>(p, config);
+  if (p.rows <= 16) return launch_tensor_cores<T, 16, kInOut>(p, config);
+  if (p.rows <= 32) return launch_tensor_cores<T, 32, kInOut>(p, config);
+  return launch_tensor_cores<T, 64, kInOut>(p, config);
 }
 
 bool takes_tensor_cores(const LinearArgs& args) {
@@ -185,7 +223,7 @@ bool is_pair_aligned(const void* address) { return reinterpret_cast<uintptr_t>(a
 }  // namespace
 
 bool linear_takes_partials(const LinearArgs& args) {
-  return args.num_weights == 1 && takes_tensor_cores(args);
+  return args.num_weights == 1 && takes_tensor_cores(args) && has_bulk_copies();
 }
 
 int64_t norm_tiles(int64_t features) { return ceil_div(features, kNormTile); }
@@ -228,8 +266,8 @@ cudaError_t launch_linear(const LinearArgs& args, cudaStream_t stream, const Lin
   config.chained = chain.chained;
   if constexpr (sizeof(T) == 2) {
     if (takes_tensor_cores(args)) {
-      return args.in_out ? launch_mma_rows<T, true>(p, config)
-                         : launch_mma_rows<T, false>(p, config);
+      return args.in_out ? launch_tensor_cores<T, true>(p, config)
+                         : launch_tensor_cores<T, false>(p, config);
     }
   }
   if (args.in_out) {

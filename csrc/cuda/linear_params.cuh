@@ -1,4 +1,4 @@
-// What both linear kernels share: their argument, the side-by-side weights, the fused layer norm
+// What the linear kernels share: their argument, the side-by-side weights, the fused layer norm
 // and the epilogue.
 #pragma once
 
@@ -49,13 +49,14 @@ __device__ __forceinline__ void finish_element(const LinearParams<T>& p, int row
   p.out[at] = from_float<T>(sum);
 }
 
-// Mean and 1 / sqrt(variance + eps) of every input row, a warp a row. kVector > 1 needs 16-byte
+// Mean and 1 / sqrt(variance + eps) of every input row, a warp a row, by the first
+// `warps` of the block. kVector > 1 needs 16-byte
 // aligned rows.
 template <typename T, int kVector>
 __device__ __forceinline__ void row_statistics(const LinearParams<T>& p, float* means,
-                                               float* scales) {
+                                               float* scales, int warps) {
   const int lane = threadIdx.x % kWarpSize;
-  for (int row = threadIdx.x / kWarpSize; row < p.rows; row += blockDim.x / kWarpSize) {
+  for (int row = threadIdx.x / kWarpSize; row < p.rows; row += warps) {
     const T* input = p.input + row * p.input_stride;
     float values[kVector];
     float sum = 0.0f;

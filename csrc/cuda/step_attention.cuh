@@ -6,7 +6,7 @@
 #pragma once
 
 #include "common/attention_mask.cuh"
-#include "common/cluster.cuh"
+#include "common/bulk_copy.cuh"
 #include "common/launch.cuh"
 #include "common/mma.cuh"
 #include "common/reduce.cuh"
@@ -62,7 +62,7 @@ struct StepAttentionTile {
 // so that it waits for no other. Reads K and V once. The launch before must release its dependents
 // late: lengths and caches are read ahead of it.
 template <typename T, int kLanes, int kPieces>
-__global__ void __launch_bounds__(kStepThreads)
+__global__ void __launch_bounds__(kStepThreads, 4)
     step_attention_kernel(const StepAttentionParams<T> p) {
   using Tile = StepAttentionTile<T, kLanes, kPieces>;
   constexpr int kVector = kVectorSize<T>;
@@ -71,6 +71,7 @@ __global__ void __launch_bounds__(kStepThreads)
   extern __shared__ __align__(128) uint4 ring[];
   __shared__ float warp_out[kStepWarps][kHeadDim], warp_maximum[kStepWarps], warp_total[kStepWarps];
   __shared__ float split_out[kMaxClusterSize][kHeadDim + 2];  // and maximum and sum of a split
+  __shared__ __align__(8) uint64_t arrived;
 
   const int split = blockIdx.x, splits = gridDim.x, head = blockIdx.y, row = blockIdx.z;
   const int group = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
@@ -118,8 +119,18 @@ __global__ void __launch_bounds__(kStepThreads)
   };
 #pragma unroll
   for (int stage = 0; stage < Tile::kStages; ++stage) load(stage, begin + stage * Tile::kStageKeys);
-  if (splits > 1) cluster_arrive();  // every block of the cluster has started before parts are left
+  if (splits > 1) {
+    if (split == 0 && threadIdx.x == 0) {
+      barrier_init(shared_address(&arrived), 1);
+      barrier_init_fence();
+      barrier_expect(shared_address(&arrived), used * (p.head_dim + 2) * 4);
+    }
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
+  }
   release_dependents();
+  if (split >= used) return;
   wait_for_predecessor();
 
   const int64_t hidden_size = int64_t(p.num_heads) * p.head_dim;
@@ -259,25 +270,24 @@ __global__ void __launch_bounds__(kStepThreads)
     total += weights[w] * warp_total[w];
   }
   T* target = p.out + row * hidden_size + head * p.head_dim;
-  if (splits > 1) cluster_wait();
+  const uint32_t barrier = address_in_rank(shared_address(&arrived), 0);
   for (int column = threadIdx.x; column < p.head_dim; column += kStepThreads) {
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < kStepWarps; ++w) sum += weights[w] * warp_out[w][column];
-    if (splits == 1) {
+    if (used == 1) {
       target[column] = from_float<T>(sum / total);
     } else {
-      store_to_rank(&split_out[split][column], 0, sum);
+      push(address_in_rank(shared_address(&split_out[split][column]), 0), sum, barrier);
     }
   }
-  if (splits == 1) return;
-  if (threadIdx.x == 0) {
-    store_to_rank(&split_out[split][kHeadDim], 0, highest);
-    store_to_rank(&split_out[split][kHeadDim + 1], 0, total);
+  if (used == 1) return;
+  if (threadIdx.x < 2) {
+    push(address_in_rank(shared_address(&split_out[split][kHeadDim + threadIdx.x]), 0),
+         threadIdx.x == 0 ? highest : total, barrier);
   }
-  cluster_arrive();
-  cluster_wait();
   if (split != 0) return;
+  barrier_wait(shared_address(&arrived), 0);
   highest = -INFINITY;
   for (int s = 0; s < used; ++s) highest = fmaxf(highest, split_out[s][kHeadDim]);
   for (int column = threadIdx.x; column < p.head_dim; column += kStepThreads) {
