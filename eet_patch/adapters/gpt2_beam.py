@@ -23,7 +23,7 @@ from eet_patch.generation import pool
 from eet_patch.generation.beam import BeamOptions, search
 from eet_patch.generation.processors import selection_of, stopping_of, unpenalised_tokens
 from eet_patch.generation.step import DecoderModel, DecodeStep, Selection
-from eet_patch.ops.selection import MAX_CANDIDATES
+from eet_patch.ops.beam_selection import MAX_CANDIDATES
 from eet_patch.patching import Adapter
 
 

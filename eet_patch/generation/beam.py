@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eet_patch.generation.loop import CHUNK, recorded, to_host
 from eet_patch.generation.step import DecoderModel, DecodeStep, Selection
-from eet_patch.ops import selection
+from eet_patch.ops import beam_selection
 
 NEVER = -1.0e9  # the score of what can't be chosen, as transformers has it
 
@@ -181,7 +181,7 @@ def search(
     rows = batch * beams
     # A beam's best `kept` hold all that can be among the best of its batch row.
     per_beam = min(options.kept, context_logits.shape[1])
-    workspace = selection.top_candidates_workspace(step.logits)
+    workspace = beam_selection.top_candidates_workspace(step.logits)
     penalised = choice.repetition_penalty != 1.0
     state = initial_state(prompts, options)
     step.begin(
@@ -211,7 +211,7 @@ def search(
         found = torch.empty(count, per_beam, device=device)
         tokens = torch.empty(count, per_beam, dtype=torch.int32, device=device)
         seen = step.seen[::every].contiguous() if penalised and step.seen is not None else None
-        selection.launch_top_candidates(
+        beam_selection.launch_top_candidates(
             logits,
             found,
             tokens,

@@ -6,6 +6,7 @@ from eet_patch.ops.attention import (
     masked_multi_head_attention,
     multi_head_attention,
 )
+from eet_patch.ops.beam_selection import top_candidates
 from eet_patch.ops.decode import (
     DecodeLayer,
     decode_layers,
@@ -24,7 +25,6 @@ from eet_patch.ops.selection import (
     seen_tokens,
     select_token,
     select_token_workspace,
-    top_candidates,
 )
 
 __all__ = [
