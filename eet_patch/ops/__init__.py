@@ -7,6 +7,14 @@ from eet_patch.ops.attention import (
     multi_head_attention,
 )
 from eet_patch.ops.beam_selection import top_candidates
+from eet_patch.ops.beam_state import (
+    BeamState,
+    beam_state,
+    begin_beams,
+    ended_sequences,
+    goes_on,
+)
+from eet_patch.ops.beam_step import beam_step
 from eet_patch.ops.decode import (
     DecodeLayer,
     decode_layers,
@@ -28,15 +36,21 @@ from eet_patch.ops.selection import (
 )
 
 __all__ = [
+    "BeamState",
     "DecodeLayer",
     "attention",
+    "beam_state",
+    "beam_step",
+    "begin_beams",
     "bias_activation",
     "bias_residual_layernorm",
     "cross_multi_head_attention",
     "decode_layers",
     "decode_layers_workspace",
     "embedding",
+    "ended_sequences",
     "ffn",
+    "goes_on",
     "layernorm",
     "linear",
     "masked_multi_head_attention",

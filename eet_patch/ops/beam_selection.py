@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eet_patch.ops._extension import extension, place
+from eet_patch.ops.beam_state import MAX_CANDIDATES
 from eet_patch.ops.checks import (
     check_buffer,
     check_contiguous,
@@ -16,8 +17,6 @@ from eet_patch.ops.checks import (
 from eet_patch.ops.launch import address
 from eet_patch.ops.selection import check_logits, check_processors, count_of, runs_in_torch
 from eet_patch.ops.torch_selection import torch_top_candidates
-
-MAX_CANDIDATES = 64  # kMaxCandidates of csrc/ops.h
 
 
 def top_candidates_workspace(logits: Tensor) -> Tensor:
