@@ -23,7 +23,7 @@ from eet_patch.generation import pool
 from eet_patch.generation.beam import BeamOptions, search
 from eet_patch.generation.processors import selection_of, stopping_of, unpenalised_tokens
 from eet_patch.generation.step import DecoderModel, DecodeStep, Selection
-from eet_patch.ops.selection import MAX_CANDIDATES
+from eet_patch.ops.beam_state import MAX_CANDIDATES
 from eet_patch.patching import Adapter
 
 
@@ -73,9 +73,14 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         )
         if isinstance(choice, str):
             return choice
+        decoder = describe(model)
         num_beams, kept = config.num_beams, max(2, 1 + len(eos)) * config.num_beams
-        if kept > MAX_CANDIDATES or kept > model.config.vocab_size:
+        if kept > MAX_CANDIDATES or kept > decoder.vocab_size:
             return f"{kept} continuations are kept in each step"
+        try:
+            _ = context.new_tokens ** float(config.length_penalty)
+        except OverflowError:
+            return "the length penalty is beyond what a float holds"
         prompts = input_ids.view(-1, num_beams, input_ids.shape[1])
         if not bool((prompts == prompts[:, :1]).all()):
             return "the beams of a prompt differ"
@@ -90,7 +95,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
             input_ids.shape[1],
             context.max_length,
         )
-        return Plan(describe(model), context, choice, options)
+        return Plan(decoder, context, choice, options)
 
     def forward(plan: Plan, model: Any, arguments: dict[str, Any]) -> Any:
         config, context, beams = (
@@ -108,7 +113,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
             prompts = input_ids[::beams]
             logits = _context_logits(model, arguments, prompts, context.starts[::beams], past)
             _take_context(step, past, context.kv_len, beams)
-            state, generated, key_rows = search(
+            found = search(
                 step,
                 plan.model,
                 plan.choice,
@@ -121,15 +126,13 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
                 unpenalised_tokens(arguments["logits_processor"]),
             )
             if config.return_dict_in_generate:
-                _hand_over(step, past, key_rows, context.kv_len + generated - 1)
+                _hand_over(step, past, found.key_rows, context.kv_len + found.generated - 1)
             else:
                 past.layers.clear()
         finally:
             pool.give_back(model, plan.model, step)
         count = config.num_return_sequences
-        sequences, indices = (
-            t[:, :count].flatten(0, 1) for t in (state.ended, state.ended_indices)
-        )
+        sequences, indices = (t[:, :count].flatten(0, 1) for t in (found.sequences, found.indices))
         longest = int((indices >= 0).sum(1).max())
         sequences = sequences[:, : plan.options.first + longest]
         if not config.return_dict_in_generate:
