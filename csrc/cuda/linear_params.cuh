@@ -28,10 +28,10 @@ struct LinearParams {
   bool pairs;         // two neighbours of bias, residual and out may be one access
   bool release_late;  // the next launch starts only after the one before this has ended
 
-  __device__ __forceinline__ const T* weight(int i) const {
+  __host__ __device__ __forceinline__ const T* weight(int i) const {
     return i == 0 ? weight0 : i == 1 ? weight1 : weight2;
   }
-  __device__ __forceinline__ const T* bias(int i) const {
+  __host__ __device__ __forceinline__ const T* bias(int i) const {
     return i == 0 ? bias0 : i == 1 ? bias1 : bias2;
   }
 };
