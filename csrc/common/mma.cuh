@@ -117,16 +117,19 @@ __device__ __forceinline__ void store_shared(uint32_t target, float value) {
 
 // Copies 16 bytes to shared memory, or writes zeros where `valid` is false (`source` is not read
 // then).
-__device__ __forceinline__ void copy_async_16(void* target, const void* source, bool valid) {
+__device__ __forceinline__ void copy_async_16(uint32_t target, const void* source, bool valid) {
 #if __CUDA_ARCH__ >= 800
   const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)),
-               "l"(source), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(bytes)
                : "memory");
 #else
-  *static_cast<uint4*>(target) =
+  *static_cast<uint4*>(__cvta_shared_to_generic(target)) =
       valid ? *static_cast<const uint4*>(source) : make_uint4(0, 0, 0, 0);
 #endif
+}
+__device__ __forceinline__ void copy_async_16(void* target, const void* source, bool valid) {
+  copy_async_16(shared_address(target), source, valid);
 }
 
 __device__ __forceinline__ void copy_async_commit() {

@@ -8,6 +8,7 @@
 #include "common/launch.cuh"
 #include "cuda/launchers.h"
 #include "cuda/step_attention.cuh"
+#include "cuda/step_attention_mma.cuh"
 
 namespace eet_patch::cuda {
 namespace {
@@ -45,29 +46,53 @@ Workspace workspace_parts(const DecodeLayersArgs& args) {
   return parts;
 }
 
-template <typename T, int kLanes, int kPieces>
-cudaError_t launch_step_attention(const StepAttentionParams<T>& p, const DecodeLayersArgs& args,
+template <typename T>
+cudaError_t launch_step_attention(void (*kernel)(StepAttentionParams<T>), int shared_bytes,
+                                  const StepAttentionParams<T>& p, const DecodeLayersArgs& args,
                                   cudaStream_t stream) {
-  const int splits = attention_splits(args);
   LaunchConfig config;
   config.stream = stream;
   config.chained = true;
   config.block = dim3(kStepThreads);
-  config.grid = dim3(static_cast<unsigned>(splits), static_cast<unsigned>(args.num_heads),
-                     static_cast<unsigned>(args.rows));
-  config.shared_bytes = StepAttentionTile<T, kLanes, kPieces>::kStages *
-                        StepAttentionTile<T, kLanes, kPieces>::kStageBytes;
-  config.cluster_size = splits;
-  return launch(config, step_attention_kernel<T, kLanes, kPieces>, p);
+  config.cluster_size = attention_splits(args);
+  config.grid = dim3(static_cast<unsigned>(config.cluster_size),
+                     static_cast<unsigned>(args.num_heads), static_cast<unsigned>(args.rows));
+  config.shared_bytes = static_cast<size_t>(shared_bytes);
+  return launch(config, kernel, p);
+}
+
+template <typename T, int kLanes, int kPieces>
+cudaError_t launch_step_attention(const StepAttentionParams<T>& p, const DecodeLayersArgs& args,
+                                  cudaStream_t stream) {
+  using Tile = StepAttentionTile<T, kLanes, kPieces>;
+  return launch_step_attention(step_attention_kernel<T, kLanes, kPieces>,
+                               Tile::kStages * Tile::kStageBytes, p, args, stream);
+}
+
+template <typename T, int kSteps>
+cudaError_t launch_step_attention_mma(const StepAttentionParams<T>& p, const DecodeLayersArgs& args,
+                                      cudaStream_t stream) {
+  return launch_step_attention(step_attention_mma_kernel<T, kSteps>,
+                               StepMmaTile<kSteps>::kRingBytes, p, args, stream);
 }
 
 template <typename T>
 cudaError_t launch_step_attention(const StepAttentionParams<T>& p, const DecodeLayersArgs& args,
                                   cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (p.vectors && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8) {
+      if (p.head_dim <= 32) return launch_step_attention_mma<T, 2>(p, args, stream);
+      if (p.head_dim <= 64) return launch_step_attention_mma<T, 4>(p, args, stream);
+      if (p.head_dim <= 80) return launch_step_attention_mma<T, 5>(p, args, stream);
+      if (p.head_dim <= 96) return launch_step_attention_mma<T, 6>(p, args, stream);
+      if (p.head_dim <= 128) return launch_step_attention_mma<T, 8>(p, args, stream);
+      if (p.head_dim <= 192) return launch_step_attention_mma<T, 12>(p, args, stream);
+      return launch_step_attention_mma<T, 16>(p, args, stream);
+    }
+  }
   constexpr int kWide = sizeof(T) == 4 ? 2 : 1;  // fp32 keys take twice the lanes
   if (p.head_dim <= 32) return launch_step_attention<T, 4 * kWide, 1>(p, args, stream);
   if (p.head_dim <= 64) return launch_step_attention<T, 8 * kWide, 1>(p, args, stream);
-  if (p.head_dim <= 80) return launch_step_attention<T, 2 * kWide, 5>(p, args, stream);
   if (p.head_dim <= 96) return launch_step_attention<T, 4 * kWide, 3>(p, args, stream);
   if (p.head_dim <= 128) return launch_step_attention<T, 16 * kWide, 1>(p, args, stream);
   if (p.head_dim <= 192) return launch_step_attention<T, 8 * kWide, 3>(p, args, stream);

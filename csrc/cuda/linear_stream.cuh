@@ -43,55 +43,46 @@ struct StreamTile {
   }
 };
 
-// Mean and 1 / sqrt(variance + eps) of every input row, kRows / kStreamWarps rows a warp, from what
+// Mean and 1 / sqrt(variance + eps) of every input row, by kStreamWorkers / kRows lanes, from what
 // the producer left of each tile of it. Sums run about the first tile's mean, so that a large mean
-// takes no digits away.
+// takes no digits away. The pointer is that of this lane's row, and stands before the wait for the
+// producer.
 template <typename T, int kRows>
-__device__ __forceinline__ void merged_statistics(const LinearParams<T>& p, float* means,
-                                                  float* scales) {
-  constexpr int kTogether = kRows / kStreamWarps < 4 ? kRows / kStreamWarps : 4;
-  const int lane = threadIdx.x % kWarpSize;
+__device__ __forceinline__ void merged_statistics(const LinearParams<T>& p, const float2* partials,
+                                                  float* means, float* scales) {
+  constexpr int kLanes = kStreamWorkers / kRows;
+  constexpr int kTogether = 4;
+  const int part = threadIdx.x % kLanes;
   const int tiles = (p.in_features + kNormTile - 1) / kNormTile;
+  const float last_count = p.in_features - (tiles - 1) * kNormTile;
+  const float shift = __ldcg(partials).x;
+  float sum = 0.0f, squares = 0.0f;
 #pragma unroll 1
-  for (int first = threadIdx.x / kWarpSize * kTogether; first < p.rows;
-       first += kStreamWarps * kTogether) {
-    float shift[kTogether], sum[kTogether] = {}, squares[kTogether] = {};
-    const float2* partials[kTogether];
+  for (int first = part; first < tiles; first += kTogether * kLanes) {
+    float2 loaded[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      if (first + i * kLanes < tiles) loaded[i] = __ldcg(partials + first + i * kLanes);
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      partials[i] = p.norm_partials + min(first + i, p.rows - 1) * tiles;
-      shift[i] = __ldcg(partials[i]).x;
-    }
-#pragma unroll 1
-    for (int tile = lane; tile < tiles; tile += kWarpSize) {
-      const float count = min(kNormTile, p.in_features - tile * kNormTile);
-      float2 loaded[kTogether];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) loaded[i] = __ldcg(partials[i] + tile);
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        const float delta = loaded[i].x - shift[i];
-        sum[i] = fmaf(count, delta, sum[i]);
-        squares[i] += fmaf(count * delta, delta, loaded[i].y);
+      if (first + i * kLanes < tiles) {
+        const float count = first + i * kLanes == tiles - 1 ? last_count : float(kNormTile);
+        const float delta = loaded[i].x - shift, weighted = count * delta;
+        sum += weighted;
+        squares += fmaf(weighted, delta, loaded[i].y);
       }
     }
+  }
 #pragma unroll
-    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        sum[i] += __shfl_xor_sync(kFullMask, sum[i], offset);
-        squares[i] += __shfl_xor_sync(kFullMask, squares[i], offset);
-      }
-    }
-    const float inverse = __frcp_rn(float(p.in_features));
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      if (lane == i && first + i < p.rows) {
-        const float mean = sum[i] * inverse;
-        means[first + i] = shift[i] + mean;
-        scales[first + i] = rsqrtf(fmaxf(squares[i] * inverse - mean * mean, 0.0f) + p.norm_eps);
-      }
-    }
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    sum += __shfl_xor_sync(kFullMask, sum, offset);
+    squares += __shfl_xor_sync(kFullMask, squares, offset);
+  }
+  const int row = threadIdx.x / kLanes;
+  if (part == 0 && row < p.rows) {
+    const float inverse = __fdividef(1.0f, float(p.in_features)), mean = sum * inverse;
+    means[row] = shift + mean;
+    scales[row] = rsqrtf(fmaxf(fmaf(-mean, mean, squares * inverse), 0.0f) + p.norm_eps);
   }
 }
 
@@ -176,63 +167,69 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 32 ? 4 : 2)
     }
   }
 
-  // Where this thread's units of the panel stand: every kStreamWorkers-th.
+  // This thread's units of the panel are every kStreamWorkers-th, kHeld of them at a time.
+  constexpr int kHeld = kRows == 16 ? 8 : 4;
   const int panel_units = panel_k / kVector, all_units = p.rows * panel_units;
   const int row_step = kStreamWorkers / panel_units,
-            unit_step = kStreamWorkers - row_step * panel_units;
+            column_step = (kStreamWorkers - row_step * panel_units) * kVector;
   const int first_row = static_cast<int>(threadIdx.x) / panel_units,
-            first_unit = static_cast<int>(threadIdx.x) - first_row * panel_units;
-  auto for_units = [&](auto&& function) {
-    int row = first_row, unit = first_unit;
-#pragma unroll 1
-    for (int e = threadIdx.x; e < all_units; e += kStreamWorkers) {
-      function(row, unit * kVector);
-      row += row_step;
-      unit += unit_step;
-      if (unit >= panel_units) unit -= panel_units, ++row;
-    }
-  };
+            first_column = (static_cast<int>(threadIdx.x) - first_row * panel_units) * kVector;
   auto copy_norm = [&](int first_k) {
+#pragma unroll 1
     for (int column = threadIdx.x * kVector; column < panel_k; column += kStreamWorkers * kVector) {
       const int k = first_k + column;
       copy_async_16(norm_weight + column, k < k_end ? p.norm_weight + k : p.norm_weight, k < k_end);
       const bool bias = p.norm_bias != nullptr && k < k_end;
       copy_async_16(norm_bias + column, bias ? p.norm_bias + k : p.norm_weight, bias);
     }
+    copy_async_commit();
   };
   // The panel's part of the input; zeros behind k_end, where weights may not be zeros.
-  auto stage_panel = [&](int first_k, bool first) {
-    for_units([&](int row, int column) {
-      const int k = first_k + column;
-      const bool valid = k < k_end;
-      copy_async_16(panel + row * panel_stride + column,
-                    p.input + (valid ? row * p.input_stride + k : 0), valid);
-    });
-    if (norm && !first) copy_norm(first_k);
-    copy_async_commit();
-    if (norm && first) {
-      if (p.norm_partials != nullptr) {
-        merged_statistics<T, kRows>(p, means, scales);
-      } else {
-        row_statistics<T, kVector>(p, means, scales, kStreamWarps);
+  auto stage_panel = [&](int first_k, bool first, const float2* partials) {
+    int row = first_row, column = first_column;
+#pragma unroll 1
+    for (int base = threadIdx.x; base < all_units || (first && base < kStreamWorkers);
+         base += kHeld * kStreamWorkers) {
+      uint4 held[kHeld];
+      int rows[kHeld], columns[kHeld];
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        rows[i] = row, columns[i] = column;
+        held[i] = make_uint4(0, 0, 0, 0);
+        if (base + i * kStreamWorkers < all_units && first_k + column < k_end) {
+          held[i] = __ldcg(
+              reinterpret_cast<const uint4*>(p.input + row * p.input_stride + first_k + column));
+        }
+        row += row_step;
+        column += column_step;
+        if (column >= panel_k) column -= panel_k, ++row;
+      }
+      if (norm && first && base < kStreamWorkers) {
+        if (p.norm_partials != nullptr) {
+          merged_statistics<T, kRows>(p, partials, means, scales);
+        } else {
+          row_statistics<T, kVector>(p, means, scales, kStreamWarps);
+        }
+        workers_sync();
+      }
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (base + i * kStreamWorkers >= all_units) break;
+        if (norm) {
+          float values[kVector], weight[kVector], bias[kVector];
+          unpack_vector<T>(held[i], values);
+          unpack_vector<T>(*reinterpret_cast<const uint4*>(norm_weight + columns[i]), weight);
+          unpack_vector<T>(*reinterpret_cast<const uint4*>(norm_bias + columns[i]), bias);
+          const float scale = scales[rows[i]], shift = -means[rows[i]] * scale;
+#pragma unroll
+          for (int j = 0; j < kVector; ++j)
+            values[j] = fmaf(fmaf(values[j], scale, shift), weight[j], bias[j]);
+          held[i] = make_uint4(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]),
+                               pack2<T>(values[4], values[5]), pack2<T>(values[6], values[7]));
+        }
+        *reinterpret_cast<uint4*>(panel + rows[i] * panel_stride + columns[i]) = held[i];
       }
     }
-    copy_async_wait<0>();
-    workers_sync();
-    if (!norm) return;
-    for_units([&](int row, int column) {
-      uint4* place = reinterpret_cast<uint4*>(panel + row * panel_stride + column);
-      float values[kVector], weight[kVector], bias[kVector];
-      unpack_vector<T>(*place, values);
-      unpack_vector<T>(*reinterpret_cast<const uint4*>(norm_weight + column), weight);
-      unpack_vector<T>(*reinterpret_cast<const uint4*>(norm_bias + column), bias);
-      const float mean = means[row], scale = scales[row];
-#pragma unroll
-      for (int j = 0; j < kVector; ++j)
-        values[j] = fmaf((values[j] - mean) * scale, weight[j], bias[j]);
-      *place = make_uint4(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]),
-                          pack2<T>(values[4], values[5]), pack2<T>(values[6], values[7]));
-    });
     workers_sync();
   };
 
@@ -272,33 +269,34 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 32 ? 4 : 2)
   // Row r of the batch is finished by rank r % ranks, there by a warp, two columns a lane; bias and
   // residual of it are asked for when the tile begins.
   float2 bias_terms;
-  float2 residual_terms[kSlots];
+  uint32_t residual_terms[kSlots];  // two elements each
   const bool pairs = p.pairs;
-  auto load_pair = [&](const T* source, int n) {
-    if (pairs) {
-      return n < p.out_features ? unpack2<T>(__ldcg(reinterpret_cast<const uint32_t*>(source + n)))
-                                : make_float2(0.0f, 0.0f);
-    }
-    return make_float2(n < p.out_features ? to_float(source[n]) : 0.0f,
-                       n + 1 < p.out_features ? to_float(source[n + 1]) : 0.0f);
+  const int own_row = warp * ranks + rank, slot_rows = kStreamWarps * ranks;
+  const int own_slots = own_row < p.rows ? (p.rows - own_row + slot_rows - 1) / slot_rows : 0;
+  const int64_t own_offset = own_row * p.out_stride + 2 * lane,
+                slot_stride = slot_rows * p.out_stride;
+  auto load_pair = [&](const T* source, int n) -> uint32_t {
+    if (n >= p.out_features) return 0;
+    if (pairs) return __ldcg(reinterpret_cast<const uint32_t*>(source));
+    return pack2<T>(to_float(load_fresh(source)),
+                    n + 1 < p.out_features ? to_float(load_fresh(source + 1)) : 0.0f);
   };
+  auto column_of = [&](int t, int which) { return (t - which * tiles_per_weight) * kNormTile; };
   auto load_bias = [&](int t) {
     const int which = weight_of(t);
     const T* bias = p.bias(which);
-    bias_terms = make_float2(0.0f, 0.0f);
-    if (t < tiles && bias != nullptr)
-      bias_terms = load_pair(bias, (t - which * tiles_per_weight) * kNormTile + 2 * lane);
+    const int n = column_of(t, which) + 2 * lane;
+    bias_terms =
+        t < tiles && bias != nullptr ? unpack2<T>(load_pair(bias + n, n)) : make_float2(0.0f, 0.0f);
   };
   auto load_residual = [&](int t) {
     if (p.residual == nullptr || t >= tiles) return;
-    const int which = weight_of(t);
-    const int n = (t - which * tiles_per_weight) * kNormTile + 2 * lane;
+    const int which = weight_of(t), column = column_of(t, which);
+    const T* source = p.residual + own_offset + int64_t(which) * p.out_features + column;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const int row = (slot * kStreamWarps + warp) * ranks + rank;
-      if (row >= p.rows) break;
-      residual_terms[slot] =
-          load_pair(p.residual + row * p.out_stride + int64_t(which) * p.out_features, n);
+      if (slot < own_slots) residual_terms[slot] = load_pair(source, column + 2 * lane);
+      source += slot_stride;
     }
   };
 
@@ -333,45 +331,50 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 32 ? 4 : 2)
     if (ranks == 1) {
       workers_sync();
     } else {
-      if (rank + warp * ranks >= p.rows) return;  // nothing for this warp to finish
+      if (own_slots == 0) return;
       barrier_wait(arrived, 0);
     }
-    const int which = weight_of(tile);
-    const int column = (tile - which * tiles_per_weight) * kNormTile, n = column + 2 * lane;
+    const int which = weight_of(tile), column = column_of(tile, which), n = column + 2 * lane;
+    const bool first = n < p.out_features, second = n + 1 < p.out_features;
+    T* target = p.out + own_offset + int64_t(which) * p.out_features + column;
+    const float* source = sums + warp * ranks * Tile::kSumStride + 2 * lane;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const int local = slot * kStreamWarps + warp, row = local * ranks + rank;
-      if (row >= p.rows) break;
-      const float* source = sums + local * ranks * Tile::kSumStride + 2 * lane;
-      float2 sum = make_float2(0.0f, 0.0f);
+      if (slot >= own_slots) break;
+      float2 sum = bias_terms;
 #pragma unroll 4
       for (int i = 0; i < ranks; ++i) {
         const float2 part = *reinterpret_cast<const float2*>(source + i * Tile::kSumStride);
         sum.x += part.x;
         sum.y += part.y;
       }
-      sum.x = activate(sum.x + bias_terms.x, p.activation);
-      sum.y = activate(sum.y + bias_terms.y, p.activation);
-      if (p.residual != nullptr) {
-        sum.x += residual_terms[slot].x;
-        sum.y += residual_terms[slot].y;
+      source += slot_rows * Tile::kSumStride;
+      if (p.activation != Activation::kNone) {
+        sum.x = activate(sum.x, p.activation);
+        sum.y = activate(sum.y, p.activation);
       }
-      T* target = p.out + row * p.out_stride + int64_t(which) * p.out_features + n;
+      if (p.residual != nullptr) {
+        const float2 residual = unpack2<T>(residual_terms[slot]);
+        sum.x += residual.x;
+        sum.y += residual.y;
+      }
       const uint32_t packed = pack2<T>(sum.x, sum.y);
       if (pairs) {
-        if (n < p.out_features) *reinterpret_cast<uint32_t*>(target) = packed;
+        if (first) *reinterpret_cast<uint32_t*>(target) = packed;
       } else {
-        if (n < p.out_features) target[0] = from_float<T>(sum.x);
-        if (n + 1 < p.out_features) target[1] = from_float<T>(sum.y);
+        if (first) target[0] = from_float<T>(sum.x);
+        if (second) target[1] = from_float<T>(sum.y);
       }
+      target += slot_stride;
       if (p.out_partials != nullptr) {
         const float2 stored = unpack2<T>(packed);
-        const bool first = n < p.out_features, second = n + 1 < p.out_features;
-        const float mean = warp_sum((first ? stored.x : 0.0f) + (second ? stored.y : 0.0f)) *
-                           __frcp_rn(float(min(kNormTile, p.out_features - column)));
+        const float mean =
+            __fdividef(warp_sum((first ? stored.x : 0.0f) + (second ? stored.y : 0.0f)),
+                       float(min(kNormTile, p.out_features - column)));
         const float x = first ? stored.x - mean : 0.0f, y = second ? stored.y - mean : 0.0f;
-        const float squares = warp_sum(x * x + y * y);
-        if (lane == 0) p.out_partials[row * tiles + tile] = make_float2(mean, squares);
+        const float squares = warp_sum(fmaf(x, x, y * y));
+        if (lane == 0)
+          p.out_partials[(own_row + slot * slot_rows) * tiles + tile] = make_float2(mean, squares);
       }
     }
     if (ranks == 1) workers_sync();  // the sums may be written anew
@@ -380,7 +383,6 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 32 ? 4 : 2)
   if (warp < kStreamWarps) {
     load_bias(tile);
     if (norm) copy_norm(k_begin);
-    copy_async_commit();
   }
   __syncthreads();  // the barriers are known to all
   if (ranks > 1) {
@@ -402,10 +404,17 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 32 ? 4 : 2)
     }
     return;
   }
+  const float2* partials =
+      p.norm_partials + min(static_cast<int>(threadIdx.x) / (kStreamWorkers / kRows), p.rows - 1) *
+                            ((p.in_features + kNormTile - 1) / kNormTile);
+  if (norm) {
+    copy_async_wait<0>();
+    workers_sync();
+  }
   wait_for_predecessor();
   if (p.release_late) release_dependents();
   load_residual(tile);
-  stage_panel(k_begin, true);
+  stage_panel(k_begin, true, partials);
 
   const int panel_chunks = panel_k / Tile::kChunkK;
   int stage = 0;
@@ -416,7 +425,12 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 32 ? 4 : 2)
     for (int chunk = 0; chunk < chunks; ++chunk, ++used) {
       if (chunks > panel_chunks && (chunk == 0 || used == panel_chunks) && !staged) {
         workers_sync();  // nobody reads the panel any more
-        stage_panel(k_begin + chunk * Tile::kChunkK, false);
+        if (norm) {
+          copy_norm(k_begin + chunk * Tile::kChunkK);
+          copy_async_wait<0>();
+          workers_sync();
+        }
+        stage_panel(k_begin + chunk * Tile::kChunkK, false, nullptr);
         used = 0;
       }
       staged = false;

@@ -30,6 +30,98 @@ struct StepAttentionParams {
   float scale;   // softmax_scale * log2(e): exp2 serves
 };
 
+// One split of the keys (blockIdx.x, also the rank in the cluster) of one head (y) of one row (z).
+// The past is divided evenly over the splits at whatever length the row has; the last one in use
+// adds the new token.
+template <typename T>
+struct StepSplit {
+  int index, count, head, row;
+  int length, used;  // keys there already; splits that have keys
+  int begin, end;    // keys of this one
+  const int32_t* key_rows;
+  int64_t head_offset, own_row;
+
+  __device__ __forceinline__ explicit StepSplit(const StepAttentionParams<T>& p)
+      : index(blockIdx.x), count(gridDim.x), head(blockIdx.y), row(blockIdx.z) {
+    constexpr int kRound = 16;
+    length = p.lengths[row];
+    const int start = p.kv_start != nullptr ? max(0, min(p.kv_start[row], length)) : 0;
+    const int past = length - start;
+    const int keys = ((past + count - 1) / count + kRound - 1) / kRound * kRound;
+    used = past == 0 ? 1 : (past + keys - 1) / keys;
+    begin = start + index * keys;
+    end = min(begin + keys, length);
+    const int cache_row = p.cache_rows != nullptr ? p.cache_rows[row] : row;
+    key_rows = p.key_rows != nullptr ? p.key_rows + row * p.capacity : nullptr;
+    head_offset = head * p.strides.head;
+    own_row = cache_row * p.strides.batch + head_offset;
+  }
+  // Where a key that is there already stands.
+  __device__ __forceinline__ int64_t at(const StepAttentionParams<T>& p, int key) const {
+    return (key_rows != nullptr ? key_rows[key] * p.strides.batch + head_offset : own_row) +
+           key * p.strides.token;
+  }
+  // Sets up the barrier of the first split, which the others push their parts to.
+  __device__ __forceinline__ void expect(uint64_t* arrived, int head_dim) const {
+    if (count > 1 && threadIdx.x == 0) {
+      barrier_init(shared_address(arrived), 1);
+      barrier_init_fence();
+      barrier_expect(shared_address(arrived), used * (head_dim + 2) * 4);
+    }
+    __syncwarp();
+  }
+};
+
+// Adds the parts of the block's warps, then those of the splits, each in their order.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void finish_step_attention(
+    const StepAttentionParams<T>& p, const StepSplit<T>& split,
+    const float (&warp_out)[kStepWarps][kHeadDim], const float (&warp_maximum)[kStepWarps],
+    const float (&warp_total)[kStepWarps], float (&split_out)[kMaxClusterSize][kHeadDim + 2],
+    uint64_t* arrived) {
+  float highest = -INFINITY;
+#pragma unroll
+  for (int w = 0; w < kStepWarps; ++w) highest = fmaxf(highest, warp_maximum[w]);
+  const float shift = highest == -INFINITY ? 0.0f : highest;
+  float weights[kStepWarps];
+  float total = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kStepWarps; ++w) {
+    weights[w] = exp2_fast(warp_maximum[w] - shift);
+    total += weights[w] * warp_total[w];
+  }
+  T* target = p.out + split.row * int64_t(p.num_heads) * p.head_dim + split.head * p.head_dim;
+  const uint32_t barrier = address_in_rank(shared_address(arrived), 0);
+  for (int column = threadIdx.x; column < p.head_dim; column += kStepThreads) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kStepWarps; ++w) sum += weights[w] * warp_out[w][column];
+    if (split.used == 1) {
+      target[column] = from_float<T>(sum / total);
+    } else {
+      push(address_in_rank(shared_address(&split_out[split.index][column]), 0), sum, barrier);
+    }
+  }
+  if (split.used == 1) return;
+  if (threadIdx.x < 2) {
+    push(address_in_rank(shared_address(&split_out[split.index][kHeadDim + threadIdx.x]), 0),
+         threadIdx.x == 0 ? highest : total, barrier);
+  }
+  if (split.index != 0) return;
+  barrier_wait(shared_address(arrived), 0);
+  highest = -INFINITY;
+  for (int s = 0; s < split.used; ++s) highest = fmaxf(highest, split_out[s][kHeadDim]);
+  for (int column = threadIdx.x; column < p.head_dim; column += kStepThreads) {
+    float sum = 0.0f, all = 0.0f;
+    for (int s = 0; s < split.used; ++s) {
+      const float weight = exp2_fast(split_out[s][kHeadDim] - highest);
+      sum += weight * split_out[s][column];
+      all += weight * split_out[s][kHeadDim + 1];
+    }
+    target[column] = from_float<T>(sum / all);
+  }
+}
+
 // kVector elements from an address that may not be aligned, and may end early.
 template <typename T>
 __device__ __forceinline__ uint4 load_piece(const T* source, int count, bool vectors) {
@@ -54,13 +146,11 @@ struct StepAttentionTile {
   static constexpr int kStageBytes = kUnroll * kPieces * 2 * kStepThreads * kVectorBytes;
 };
 
-// blockIdx: one split of the keys (x, also the rank in the cluster) of one head (y) of one row (z).
-// The past is divided evenly over the splits at whatever length the row has; the last one in use
-// adds the new token and writes its key and value to the cache. Every group of lanes has a running
-// softmax of its own; groups meet by shuffles, warps and splits in shared memory. Dynamic shared
-// memory: kStages stages of keys and values, where a thread finds again what it asked for itself,
-// so that it waits for no other. Reads K and V once. The launch before must release its dependents
-// late: lengths and caches are read ahead of it.
+// Every group of lanes has a running softmax of its own; groups meet by shuffles, warps and splits
+// in shared memory. Any head_dim up to kLanes * kPieces * 16 bytes. Dynamic shared memory: kStages
+// stages of keys and values, where a thread finds again what it asked for itself, so that it waits
+// for no other. Reads K and V once. The launch before must release its dependents late: lengths and
+// caches are read ahead of it.
 template <typename T, int kLanes, int kPieces>
 __global__ void __launch_bounds__(kStepThreads, 4)
     step_attention_kernel(const StepAttentionParams<T> p) {
@@ -68,27 +158,18 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   constexpr int kVector = kVectorSize<T>;
   constexpr int kUnroll = Tile::kUnroll;
   constexpr int kHeadDim = kLanes * kPieces * kVector;
-  extern __shared__ __align__(128) uint4 ring[];
+  extern __shared__ __align__(128) uint4 units[];
   __shared__ float warp_out[kStepWarps][kHeadDim], warp_maximum[kStepWarps], warp_total[kStepWarps];
   __shared__ float split_out[kMaxClusterSize][kHeadDim + 2];  // and maximum and sum of a split
   __shared__ __align__(8) uint64_t arrived;
 
-  const int split = blockIdx.x, splits = gridDim.x, head = blockIdx.y, row = blockIdx.z;
+  const StepSplit<T> split(p);
+  if (split.index == 0) split.expect(&arrived, p.head_dim);
+  const int begin = split.begin, end = split.end, length = split.length;
   const int group = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const int length = p.lengths[row];
-  const int start = p.kv_start != nullptr ? max(0, min(p.kv_start[row], length)) : 0;
-  const int past = length - start;
-  const int split_keys =
-      ((past + splits - 1) / splits + Tile::kGroups - 1) / Tile::kGroups * Tile::kGroups;
-  const int used = past == 0 ? 1 : (past + split_keys - 1) / split_keys;  // blocks that have keys
-  const int begin = start + split * split_keys, end = min(begin + split_keys, length);
-  const int cache_row = p.cache_rows != nullptr ? p.cache_rows[row] : row;
-  const int32_t* key_rows = p.key_rows != nullptr ? p.key_rows + row * p.capacity : nullptr;
-  const int64_t head_offset = head * p.strides.head;
-  const int64_t own_row = cache_row * p.strides.batch + head_offset;
 
   auto slot = [&](int stage, int u, int piece, int which) -> uint4* {
-    return ring + (((stage * kUnroll + u) * kPieces + piece) * 2 + which) * kStepThreads +
+    return units + (((stage * kUnroll + u) * kPieces + piece) * 2 + which) * kStepThreads +
            threadIdx.x;
   };
   auto load = [&](int stage, int first) {
@@ -96,11 +177,7 @@ __global__ void __launch_bounds__(kStepThreads, 4)
     for (int u = 0; u < kUnroll; ++u) {
       const int key = first + u * Tile::kGroups + group;
       const bool valid = key < end;
-      int64_t at = 0;
-      if (valid) {
-        at = (key_rows != nullptr ? key_rows[key] * p.strides.batch + head_offset : own_row) +
-             key * p.strides.token;
-      }
+      const int64_t at = valid ? split.at(p, key) : 0;
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
         const int column = (piece * kLanes + lane) * kVector;
@@ -119,23 +196,17 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   };
 #pragma unroll
   for (int stage = 0; stage < Tile::kStages; ++stage) load(stage, begin + stage * Tile::kStageKeys);
-  if (splits > 1) {
-    if (split == 0 && threadIdx.x == 0) {
-      barrier_init(shared_address(&arrived), 1);
-      barrier_init_fence();
-      barrier_expect(shared_address(&arrived), used * (p.head_dim + 2) * 4);
-    }
-    __syncwarp();
+  if (split.count > 1) {
     cluster_arrive();
     cluster_wait();
   }
   release_dependents();
-  if (split >= used) return;
+  if (split.index >= split.used) return;
   wait_for_predecessor();
 
   const int64_t hidden_size = int64_t(p.num_heads) * p.head_dim;
-  const T* query = p.qkv + row * 3 * hidden_size + head * p.head_dim;
-  const bool has_new = split == used - 1;
+  const T* query = p.qkv + split.row * 3 * hidden_size + split.head * p.head_dim;
+  const bool has_new = split.index == split.used - 1;
   float q[kPieces][kVector], out[kPieces][kVector] = {};
   float maximum = -INFINITY, total = 0.0f;
   {
@@ -165,7 +236,7 @@ __global__ void __launch_bounds__(kStepThreads, 4)
       if (group == 0) {
         maximum = score;
         total = 1.0f;
-        const int64_t target = own_row + length * p.strides.token;
+        const int64_t target = split.own_row + length * p.strides.token;
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
           const int column = (piece * kLanes + lane) * kVector, count = p.head_dim - column;
@@ -257,48 +328,8 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   }
   __syncthreads();
 
-  // The whole block now holds the same maximum and sum.
-  float highest = -INFINITY;
-#pragma unroll
-  for (int w = 0; w < kStepWarps; ++w) highest = fmaxf(highest, warp_maximum[w]);
-  const float shift = highest == -INFINITY ? 0.0f : highest;
-  float weights[kStepWarps];
-  total = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kStepWarps; ++w) {
-    weights[w] = exp2_fast(warp_maximum[w] - shift);
-    total += weights[w] * warp_total[w];
-  }
-  T* target = p.out + row * hidden_size + head * p.head_dim;
-  const uint32_t barrier = address_in_rank(shared_address(&arrived), 0);
-  for (int column = threadIdx.x; column < p.head_dim; column += kStepThreads) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kStepWarps; ++w) sum += weights[w] * warp_out[w][column];
-    if (used == 1) {
-      target[column] = from_float<T>(sum / total);
-    } else {
-      push(address_in_rank(shared_address(&split_out[split][column]), 0), sum, barrier);
-    }
-  }
-  if (used == 1) return;
-  if (threadIdx.x < 2) {
-    push(address_in_rank(shared_address(&split_out[split][kHeadDim + threadIdx.x]), 0),
-         threadIdx.x == 0 ? highest : total, barrier);
-  }
-  if (split != 0) return;
-  barrier_wait(shared_address(&arrived), 0);
-  highest = -INFINITY;
-  for (int s = 0; s < used; ++s) highest = fmaxf(highest, split_out[s][kHeadDim]);
-  for (int column = threadIdx.x; column < p.head_dim; column += kStepThreads) {
-    float sum = 0.0f, all = 0.0f;
-    for (int s = 0; s < used; ++s) {
-      const float weight = exp2_fast(split_out[s][kHeadDim] - highest);
-      sum += weight * split_out[s][column];
-      all += weight * split_out[s][kHeadDim + 1];
-    }
-    target[column] = from_float<T>(sum / all);
-  }
+  finish_step_attention<T, kHeadDim>(p, split, warp_out, warp_maximum, warp_total, split_out,
+                                     &arrived);
 }
 
 }  // namespace eet_patch::cuda
