@@ -98,6 +98,12 @@ __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map
       : "memory");
 #endif
 }
+// `bytes`, a multiple of 16, from a 16-byte aligned address to L2.
+__device__ __forceinline__ void prefetch_to_l2(const void* address, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
+#endif
+}
 __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int inner, int outer) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map),

@@ -132,20 +132,29 @@ template <typename T, int kRows, bool kInOut>
 cudaError_t launch_stream(const LinearParams<T>& p, LaunchConfig config) {
   using Tile = StreamTile<kRows>;
   const int multiprocessors = std::max(1, device_attribute(cudaDevAttrMultiProcessorCount));
-  const int resident = kBlocksPerMultiprocessor * multiprocessors;
   const int tiles = static_cast<int>(ceil_div(p.out_features, kNormTile)) * p.num_weights;
   const int chunks = static_cast<int>(ceil_div(p.in_features, Tile::kChunkK));
 
-  // Where the tiles leave multiprocessors idle, K is split over a cluster.
-  const int most_ranks = std::max(1, std::min({kMaxClusterSize, resident / tiles, chunks}));
-  const int rank_chunks = static_cast<int>(ceil_div(chunks, most_ranks));
+  // Where the tiles leave multiprocessors idle, K is split over a cluster. One block each where its
+  // weights fit its ring whole, so that nothing is left to load when the input comes; else two,
+  // whose rings leave room for two of the next product.
+  constexpr int kSharedStages = 5;
+  int resident = multiprocessors, ring_stages = Tile::kMaxStages;
+  auto ranks_of = [&] {
+    return std::max(1, std::min({kMaxClusterSize, resident / tiles, chunks}));
+  };
+  if (tiles > resident || ceil_div(chunks, ranks_of()) > ring_stages) {
+    resident *= kBlocksPerMultiprocessor;
+    ring_stages = kSharedStages;
+  }
+  const int rank_chunks = static_cast<int>(ceil_div(chunks, ranks_of()));
   const int ranks = static_cast<int>(ceil_div(chunks, rank_chunks));
   const int block_tiles = static_cast<int>(ceil_div(int64_t(tiles) * ranks, resident));
   const int blocks = static_cast<int>(ceil_div(tiles, block_tiles)) * ranks;
 
   const bool norm = p.norm_weight != nullptr;
   const int stages =
-      static_cast<int>(std::min<int64_t>(int64_t(rank_chunks) * block_tiles, Tile::kStages));
+      static_cast<int>(std::min<int64_t>(int64_t(rank_chunks) * block_tiles, ring_stages));
   const int other_bytes =
       stages * Tile::kChunkBytes + Tile::sum_bytes(p.rows, ranks) + Tile::kSmallBytes;
   int panel_chunks = rank_chunks;

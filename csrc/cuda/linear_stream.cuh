@@ -27,11 +27,12 @@ template <int kRows>
 struct StreamTile {
   static constexpr int kChunkK = 64;  // a chunk is kNormTile columns of kChunkK k: 8 KB
   static constexpr int kChunkBytes = kNormTile * kChunkK * 2;
-  static constexpr int kStages = 5;
+  static constexpr int kMaxStages = 12;
   static constexpr int kRowGroups = kRows / 8;      // products of n = 8
   static constexpr int kPad = 8;                    // elements; keeps fragments off shared banks
   static constexpr int kSumStride = kNormTile + 4;  // likewise
-  static constexpr int kSmallBytes = (2 * kStages + 1) * 8 + 2 * kRows * 4;  // barriers, statistics
+  static constexpr int kSmallBytes =
+      (2 * kMaxStages + 1) * 8 + 2 * kRows * 4;  // barriers, statistics
 
   // Partial sums that one block receives: of its rows, from every rank.
   __host__ __device__ static constexpr int sum_bytes(int rows, int ranks) {
@@ -91,11 +92,10 @@ __device__ __forceinline__ void workers_sync() {
 }
 
 // A block (or cluster) owns tiles of kNormTile output columns and walks them, a cluster one alone;
-// each rank of a cluster owns k_per_rank consecutive k. Dynamic shared memory: the ring, which may
-// be shorter than kStages where a block has fewer chunks, the block's part of the input,
-// normalised, `panel_k` columns at a time (all of them where they fit, else staged again on the
-// way), partial sums, barriers. Limits: rows <= kRows, in_features (and out_features when kInOut)
-// multiples of 8, 16-byte aligned operands. Moves every weight once.
+// each rank of a cluster owns k_per_rank consecutive k. Dynamic shared memory: the ring, the
+// block's part of the input, normalised, `panel_k` columns at a time (all of them where they fit,
+// else staged again on the way), partial sums, barriers. Limits: rows <= kRows, in_features (and
+// out_features when kInOut) multiples of 8, 16-byte aligned operands. Moves every weight once.
 template <typename T, int kRows, bool kInOut>
 __global__ void __launch_bounds__(kStreamThreads, kRows <= 32 ? 4 : 2)
     linear_stream_kernel(const LinearParams<T> p, const __grid_constant__ LinearMaps maps,
@@ -118,9 +118,9 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 32 ? 4 : 2)
       reinterpret_cast<unsigned char*>(panel) + Tile::panel_bytes(p.rows, panel_k, norm);
   float* sums = reinterpret_cast<float*>(after);
   after += Tile::sum_bytes(p.rows, ranks);
-  const uint32_t full = shared_address(after), empty = full + Tile::kStages * 8,
-                 arrived = empty + Tile::kStages * 8;
-  float* means = reinterpret_cast<float*>(after + (2 * Tile::kStages + 1) * 8);
+  const uint32_t full = shared_address(after), empty = full + Tile::kMaxStages * 8,
+                 arrived = empty + Tile::kMaxStages * 8;
+  float* means = reinterpret_cast<float*>(after + (2 * Tile::kMaxStages + 1) * 8);
   float* scales = means + kRows;
 
   const int k_begin = rank * k_per_rank, k_end = min(p.in_features, k_begin + k_per_rank);
@@ -188,15 +188,16 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 32 ? 4 : 2)
   auto stage_panel = [&](int first_k, bool first, const float2* partials) {
     int row = first_row, column = first_column;
 #pragma unroll 1
-    for (int base = threadIdx.x; base < all_units || (first && base < kStreamWorkers);
-         base += kHeld * kStreamWorkers) {
+    for (int base = 0; base < all_units; base += kHeld * kStreamWorkers) {
+      const int unit = base + threadIdx.x;
       uint4 held[kHeld];
       int rows[kHeld], columns[kHeld];
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
+        if (base + i * kStreamWorkers >= all_units) break;  // for all threads alike
         rows[i] = row, columns[i] = column;
         held[i] = make_uint4(0, 0, 0, 0);
-        if (base + i * kStreamWorkers < all_units && first_k + column < k_end) {
+        if (unit + i * kStreamWorkers < all_units && first_k + column < k_end) {
           held[i] = __ldcg(
               reinterpret_cast<const uint4*>(p.input + row * p.input_stride + first_k + column));
         }
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 32 ? 4 : 2)
         column += column_step;
         if (column >= panel_k) column -= panel_k, ++row;
       }
-      if (norm && first && base < kStreamWorkers) {
+      if (norm && first && base == 0) {
         if (p.norm_partials != nullptr) {
           merged_statistics<T, kRows>(p, partials, means, scales);
         } else {
@@ -214,7 +215,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 32 ? 4 : 2)
       }
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
-        if (base + i * kStreamWorkers >= all_units) break;
+        if (unit + i * kStreamWorkers >= all_units) break;
         if (norm) {
           float values[kVector], weight[kVector], bias[kVector];
           unpack_vector<T>(held[i], values);
@@ -350,8 +351,8 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 32 ? 4 : 2)
       }
       source += slot_rows * Tile::kSumStride;
       if (p.activation != Activation::kNone) {
-        sum.x = activate(sum.x, p.activation);
-        sum.y = activate(sum.y, p.activation);
+        sum.x = activate_fast(sum.x, p.activation);
+        sum.y = activate_fast(sum.y, p.activation);
       }
       if (p.residual != nullptr) {
         const float2 residual = unpack2<T>(residual_terms[slot]);
@@ -413,8 +414,8 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 32 ? 4 : 2)
   }
   wait_for_predecessor();
   if (p.release_late) release_dependents();
-  load_residual(tile);
   stage_panel(k_begin, true, partials);
+  load_residual(tile);
 
   const int panel_chunks = panel_k / Tile::kChunkK;
   int stage = 0;

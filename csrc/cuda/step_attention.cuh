@@ -73,29 +73,30 @@ struct StepSplit {
 };
 
 // Adds the parts of the block's warps, then those of the splits, each in their order.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, int kWarps>
 __device__ __forceinline__ void finish_step_attention(
     const StepAttentionParams<T>& p, const StepSplit<T>& split,
-    const float (&warp_out)[kStepWarps][kHeadDim], const float (&warp_maximum)[kStepWarps],
-    const float (&warp_total)[kStepWarps], float (&split_out)[kMaxClusterSize][kHeadDim + 2],
+    const float (&warp_out)[kWarps][kHeadDim], const float (&warp_maximum)[kWarps],
+    const float (&warp_total)[kWarps], float (&split_out)[kMaxClusterSize][kHeadDim + 2],
     uint64_t* arrived) {
+  constexpr int kThreads = kWarps * kWarpSize;
   float highest = -INFINITY;
 #pragma unroll
-  for (int w = 0; w < kStepWarps; ++w) highest = fmaxf(highest, warp_maximum[w]);
+  for (int w = 0; w < kWarps; ++w) highest = fmaxf(highest, warp_maximum[w]);
   const float shift = highest == -INFINITY ? 0.0f : highest;
-  float weights[kStepWarps];
+  float weights[kWarps];
   float total = 0.0f;
 #pragma unroll
-  for (int w = 0; w < kStepWarps; ++w) {
+  for (int w = 0; w < kWarps; ++w) {
     weights[w] = exp2_fast(warp_maximum[w] - shift);
     total += weights[w] * warp_total[w];
   }
   T* target = p.out + split.row * int64_t(p.num_heads) * p.head_dim + split.head * p.head_dim;
   const uint32_t barrier = address_in_rank(shared_address(arrived), 0);
-  for (int column = threadIdx.x; column < p.head_dim; column += kStepThreads) {
+  for (int column = threadIdx.x; column < p.head_dim; column += kThreads) {
     float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kStepWarps; ++w) sum += weights[w] * warp_out[w][column];
+    for (int w = 0; w < kWarps; ++w) sum += weights[w] * warp_out[w][column];
     if (split.used == 1) {
       target[column] = from_float<T>(sum / total);
     } else {
@@ -109,16 +110,28 @@ __device__ __forceinline__ void finish_step_attention(
   }
   if (split.index != 0) return;
   barrier_wait(shared_address(arrived), 0);
+  float split_weights[kMaxClusterSize];
   highest = -INFINITY;
-  for (int s = 0; s < split.used; ++s) highest = fmaxf(highest, split_out[s][kHeadDim]);
-  for (int column = threadIdx.x; column < p.head_dim; column += kStepThreads) {
-    float sum = 0.0f, all = 0.0f;
-    for (int s = 0; s < split.used; ++s) {
-      const float weight = exp2_fast(split_out[s][kHeadDim] - highest);
-      sum += weight * split_out[s][column];
-      all += weight * split_out[s][kHeadDim + 1];
+#pragma unroll
+  for (int s = 0; s < kMaxClusterSize; ++s) {
+    split_weights[s] = s < split.used ? split_out[s][kHeadDim] : -INFINITY;
+    highest = fmaxf(highest, split_weights[s]);
+  }
+  float all = 0.0f;
+#pragma unroll
+  for (int s = 0; s < kMaxClusterSize; ++s) {
+    if (s < split.used) {
+      split_weights[s] = exp2_fast(split_weights[s] - highest);
+      all += split_weights[s] * split_out[s][kHeadDim + 1];
     }
-    target[column] = from_float<T>(sum / all);
+  }
+  const float inverse = 1.0f / all;
+  for (int column = threadIdx.x; column < p.head_dim; column += kThreads) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int s = 0; s < kMaxClusterSize; ++s)
+      if (s < split.used) sum += split_weights[s] * split_out[s][column];
+    target[column] = from_float<T>(sum * inverse);
   }
 }
 
@@ -328,8 +341,7 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   }
   __syncthreads();
 
-  finish_step_attention<T, kHeadDim>(p, split, warp_out, warp_maximum, warp_total, split_out,
-                                     &arrived);
+  finish_step_attention(p, split, warp_out, warp_maximum, warp_total, split_out, &arrived);
 }
 
 }  // namespace eet_patch::cuda

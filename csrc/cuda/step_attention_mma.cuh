@@ -16,22 +16,26 @@ struct StepMmaTile {
   static constexpr int kHeadDim = kSteps * 16;
   static constexpr int kUnits = kHeadDim / 8;        // of 16 bytes, a row
   static constexpr int kStride = kHeadDim * 2 + 16;  // bytes; keeps fragments off shared banks
-  static constexpr int kStages = 2;
+  static constexpr int kWarps = kSteps < 8 ? 4 : 2;
   static constexpr int kTileBytes = kStepTileKeys * kStride;  // of keys or of values
-  static constexpr int kRingBytes = kStages * kStepWarps * 2 * kTileBytes;
+  // Small enough that the blocks of a multiprocessor, the product before them and the one after
+  // them all fit at once; more of the past waits in L2.
+  static constexpr int kRingBytes = kWarps * 2 * kTileBytes;
+  static constexpr int kPrefetchBytes = 48 * 1024;  // of keys and as much of values
 };
 
 // blockIdx, splits and the hand-over between them: as step_attention_kernel. A warp takes every
-// kStepWarps-th tile of its block's keys, which it copies to shared memory for itself, kStages
+// Tile::kWarps-th tile of its block's keys, which it copies to shared memory for itself, kStages
 // ahead, and has a running softmax of its own. Dynamic shared memory: the tiles under way. Reads K
 // and V once. The launch before must release its dependents late.
 template <typename T, int kSteps>
-__global__ void __launch_bounds__(kStepThreads, 4)
+__global__ void __launch_bounds__(StepMmaTile<kSteps>::kWarps* kWarpSize,
+                                  16 / StepMmaTile<kSteps>::kWarps)
     step_attention_mma_kernel(const StepAttentionParams<T> p) {
   using Tile = StepMmaTile<kSteps>;
   extern __shared__ __align__(128) unsigned char ring[];
-  __shared__ float warp_out[kStepWarps][Tile::kHeadDim], warp_maximum[kStepWarps],
-      warp_total[kStepWarps];
+  __shared__ float warp_out[Tile::kWarps][Tile::kHeadDim], warp_maximum[Tile::kWarps],
+      warp_total[Tile::kWarps];
   __shared__ float split_out[kMaxClusterSize][Tile::kHeadDim + 2];
   __shared__ __align__(8) uint64_t arrived;
 
@@ -40,27 +44,30 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int g = lane / 4, q = lane % 4, matrix = lane / 8, line = lane % 8;
   const uint32_t own_ring = shared_address(ring) + warp * 2 * Tile::kTileBytes;
-  constexpr uint32_t kStageBytes = kStepWarps * 2 * Tile::kTileBytes;
-  constexpr int kRoundKeys = kStepWarps * kStepTileKeys;
+  constexpr int kRoundKeys = Tile::kWarps * kStepTileKeys;
 
   const int units = p.head_dim / 8;
-  auto load = [&](uint32_t stage_offset, int first) {
+  auto load = [&](int first) {
 #pragma unroll
     for (int i = 0; i < Tile::kUnits * kStepTileKeys / kWarpSize; ++i) {
       const int e = i * kWarpSize + lane, key = first + e / Tile::kUnits, unit = e % Tile::kUnits;
       const bool valid = key < split.end && unit < units;
       const int64_t at = valid ? split.at(p, key) + unit * 8 : 0;
-      const uint32_t target =
-          own_ring + stage_offset + e / Tile::kUnits * Tile::kStride + unit * kVectorBytes;
+      const uint32_t target = own_ring + e / Tile::kUnits * Tile::kStride + unit * kVectorBytes;
       copy_async_16(target, p.key_cache + at, valid);
       copy_async_16(target + Tile::kTileBytes, p.value_cache + at, valid);
     }
     copy_async_commit();
   };
   int first = split.begin + warp * kStepTileKeys;
-#pragma unroll 1
-  for (int stage = 0; stage < Tile::kStages; ++stage)
-    load(stage * kStageBytes, first + stage * kRoundKeys);
+  load(first);
+  if (threadIdx.x < 2 && p.strides.token == p.head_dim && split.key_rows == nullptr) {
+    const int from = split.begin + kRoundKeys;
+    const int bytes =
+        min((split.end - from) * p.head_dim * static_cast<int>(sizeof(T)), Tile::kPrefetchBytes);
+    const T* cache = threadIdx.x == 0 ? p.key_cache : p.value_cache;
+    if (bytes > 0) prefetch_to_l2(cache + split.own_row + from * p.strides.token, bytes);
+  }
   if (split.count > 1) {
     cluster_arrive();
     cluster_wait();
@@ -84,7 +91,7 @@ __global__ void __launch_bounds__(kStepThreads, 4)
                            ? __ldcg(reinterpret_cast<const uint32_t*>(query + column + 8))
                            : 0;
   }
-  if (has_new && warp == kStepWarps - 1) {
+  if (has_new && warp == Tile::kWarps - 1) {
     const int64_t target = split.own_row + split.length * p.strides.token;
     for (int unit = lane; unit < 2 * units; unit += kWarpSize) {
       const int column = unit % units * 8;
@@ -106,12 +113,11 @@ __global__ void __launch_bounds__(kStepThreads, 4)
       out[step][2] *= correction;
     }
   };
-  uint32_t stage_offset = 0;
 #pragma unroll 1
   for (; first < split.end; first += kRoundKeys) {
-    copy_async_wait<Tile::kStages - 1>();
+    copy_async_wait<0>();
     __syncwarp();
-    const uint32_t keys = own_ring + stage_offset;
+    const uint32_t keys = own_ring;
     const uint32_t values = keys + Tile::kTileBytes;
     float scores[2][4] = {};
 #pragma unroll
@@ -147,14 +153,13 @@ __global__ void __launch_bounds__(kStepThreads, 4)
       mma_m16n8k16<T>(out[step], a[0], a[1], a[2], a[3], first_pair, second_pair);
     }
     __syncwarp();
-    load(stage_offset, first + Tile::kStages * kRoundKeys);
-    stage_offset = stage_offset == 0 ? kStageBytes : 0;
+    if (first + kRoundKeys < split.end) load(first + kRoundKeys);
   }
 #pragma unroll
   for (int offset = 4; offset < kWarpSize; offset *= 2)
     total += __shfl_xor_sync(kFullMask, total, offset);
 
-  if (has_new && warp == kStepWarps - 1) {  // its own key and value, which came with the query
+  if (has_new && warp == Tile::kWarps - 1) {  // its own key and value, which came with the query
     float score = 0.0f;
     for (int column = 2 * lane; column < p.head_dim; column += 2 * kWarpSize) {
       const float2 a = unpack2<T>(__ldcg(reinterpret_cast<const uint32_t*>(query + column)));
@@ -185,8 +190,7 @@ __global__ void __launch_bounds__(kStepThreads, 4)
     if (lane == 0) warp_maximum[warp] = maximum, warp_total[warp] = total;
   }
   __syncthreads();
-  finish_step_attention<T, Tile::kHeadDim>(p, split, warp_out, warp_maximum, warp_total, split_out,
-                                           &arrived);
+  finish_step_attention(p, split, warp_out, warp_maximum, warp_total, split_out, &arrived);
 }
 
 }  // namespace eet_patch::cuda
