@@ -85,23 +85,14 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 #endif
 }
 
-// What is copied is read once: it goes from L2 before anything else does, prefetched boxes above
-// all.
 __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map, int inner,
                                          int outer, uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
-  constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // as createpolicy.fractional makes it
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
-      "l"(map), "r"(inner), "r"(outer), "r"(barrier), "l"(kEvictFirst)
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, "
+      "{%2, %3}], [%4];" ::"r"(target),
+      "l"(map), "r"(inner), "r"(outer), "r"(barrier)
       : "memory");
-#endif
-}
-// `bytes`, a multiple of 16, from a 16-byte aligned address to L2.
-__device__ __forceinline__ void prefetch_to_l2(const void* address, int bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
 #endif
 }
 __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int inner, int outer) {

@@ -72,28 +72,27 @@ cudaError_t launch_step_attention(const StepAttentionParams<T>& p, const DecodeL
 template <typename T, int kSteps>
 cudaError_t launch_step_attention_mma(const StepAttentionParams<T>& p, const DecodeLayersArgs& args,
                                       cudaStream_t stream) {
-  return launch_step_attention(step_attention_mma_kernel<T, kSteps>,
-                               StepMmaTile<kSteps>::kWarps * kWarpSize,
-                               StepMmaTile<kSteps>::kRingBytes, p, args, stream);
+  return launch_step_attention(
+      step_attention_mma_kernel<T, kSteps>, StepMmaTile<kSteps>::kWarps * kWarpSize,
+      StepMmaTile<kSteps>::kStages * StepMmaTile<kSteps>::kStageBytes, p, args, stream);
 }
 
 template <typename T>
 cudaError_t launch_step_attention(const StepAttentionParams<T>& p, const DecodeLayersArgs& args,
                                   cudaStream_t stream) {
+  // Many heads and rows keep the memory busy whatever the instructions; a wide head needs more
+  // shared memory than the tensor core kernel can have ahead (both measured on an H200).
+  constexpr int kFewBlocksSplits = 4;
   if constexpr (sizeof(T) == 2) {
-    if (p.vectors && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8) {
-      if (p.head_dim <= 32) return launch_step_attention_mma<T, 2>(p, args, stream);
-      if (p.head_dim <= 64) return launch_step_attention_mma<T, 4>(p, args, stream);
-      if (p.head_dim <= 80) return launch_step_attention_mma<T, 5>(p, args, stream);
-      if (p.head_dim <= 96) return launch_step_attention_mma<T, 6>(p, args, stream);
-      if (p.head_dim <= 128) return launch_step_attention_mma<T, 8>(p, args, stream);
-      if (p.head_dim <= 192) return launch_step_attention_mma<T, 12>(p, args, stream);
-      return launch_step_attention_mma<T, 16>(p, args, stream);
+    if (p.vectors && p.head_dim <= 64 && attention_splits(args) >= kFewBlocksSplits) {
+      return p.head_dim <= 32 ? launch_step_attention_mma<T, 2>(p, args, stream)
+                              : launch_step_attention_mma<T, 4>(p, args, stream);
     }
   }
   constexpr int kWide = sizeof(T) == 4 ? 2 : 1;  // fp32 keys take twice the lanes
   if (p.head_dim <= 32) return launch_step_attention<T, 4 * kWide, 1>(p, args, stream);
   if (p.head_dim <= 64) return launch_step_attention<T, 8 * kWide, 1>(p, args, stream);
+  if (p.head_dim <= 80) return launch_step_attention<T, 2 * kWide, 5>(p, args, stream);
   if (p.head_dim <= 96) return launch_step_attention<T, 4 * kWide, 3>(p, args, stream);
   if (p.head_dim <= 128) return launch_step_attention<T, 16 * kWide, 1>(p, args, stream);
   if (p.head_dim <= 192) return launch_step_attention<T, 8 * kWide, 3>(p, args, stream);

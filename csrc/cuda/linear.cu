@@ -18,7 +18,6 @@ constexpr int kReservedShared = 2048;  // the driver's share of a block, and the
 constexpr int kBlocksPerMultiprocessor =
     2;                                  // of a product; as many of the next one fit beside them
 constexpr int kPanelBytes = 37 * 1024;  // 1024 k of 16 rows, with the norm's weight and bias
-constexpr int kPrefetchChunks = 12;     // behind the ring: 24 MB for two blocks a multiprocessor
 
 // (out, in) weights: a warp owns one output column and strides over k; the input comes through L1.
 // Any sizes; kVector > 1 needs 16-byte aligned rows. Moves every weight once per kRowBlock rows.
@@ -143,7 +142,7 @@ cudaError_t launch_stream(const LinearParams<T>& p, LaunchConfig config) {
   auto ranks_of = [&] {
     return std::max(1, std::min({kMaxClusterSize, resident / tiles, chunks}));
   };
-  if (tiles > resident || ceil_div(chunks, ranks_of()) > ring_stages) {
+  if (kRows > 8 || tiles > resident || ceil_div(chunks, ranks_of()) > ring_stages) {
     resident *= kBlocksPerMultiprocessor;
     ring_stages = kSharedStages;
   }
@@ -176,7 +175,7 @@ cudaError_t launch_stream(const LinearParams<T>& p, LaunchConfig config) {
   config.block = dim3(kStreamThreads);
   config.cluster_size = ranks;
   return launch(config, linear_stream_kernel<T, kRows, kInOut>, p, maps, panel_k,
-                rank_chunks * Tile::kChunkK, stages, kPrefetchChunks);
+                rank_chunks * Tile::kChunkK, stages);
 }
 
 template <typename T, int kRows, bool kInOut>

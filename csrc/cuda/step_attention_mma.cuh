@@ -16,26 +16,23 @@ struct StepMmaTile {
   static constexpr int kHeadDim = kSteps * 16;
   static constexpr int kUnits = kHeadDim / 8;        // of 16 bytes, a row
   static constexpr int kStride = kHeadDim * 2 + 16;  // bytes; keeps fragments off shared banks
-  static constexpr int kWarps = kSteps < 8 ? 4 : 2;
   static constexpr int kTileBytes = kStepTileKeys * kStride;  // of keys or of values
-  // Small enough that the blocks of a multiprocessor, the product before them and the one after
-  // them all fit at once; more of the past waits in L2.
-  static constexpr int kRingBytes = kWarps * 2 * kTileBytes;
-  static constexpr int kPrefetchBytes = 48 * 1024;  // of keys and as much of values
+  // One tile of each a warp: what is asked for before the wait, and little beside the products
+  // before and after, so that all fit a multiprocessor at once.
+  static constexpr int kRingBytes = kStepWarps * 2 * kTileBytes;
 };
 
 // blockIdx, splits and the hand-over between them: as step_attention_kernel. A warp takes every
-// Tile::kWarps-th tile of its block's keys, which it copies to shared memory for itself, kStages
+// kStepWarps-th tile of its block's keys, which it copies to shared memory for itself, kStages
 // ahead, and has a running softmax of its own. Dynamic shared memory: the tiles under way. Reads K
 // and V once. The launch before must release its dependents late.
 template <typename T, int kSteps>
-__global__ void __launch_bounds__(StepMmaTile<kSteps>::kWarps* kWarpSize,
-                                  16 / StepMmaTile<kSteps>::kWarps)
+__global__ void __launch_bounds__(kStepThreads, 4)
     step_attention_mma_kernel(const StepAttentionParams<T> p) {
   using Tile = StepMmaTile<kSteps>;
   extern __shared__ __align__(128) unsigned char ring[];
-  __shared__ float warp_out[Tile::kWarps][Tile::kHeadDim], warp_maximum[Tile::kWarps],
-      warp_total[Tile::kWarps];
+  __shared__ float warp_out[kStepWarps][Tile::kHeadDim], warp_maximum[kStepWarps],
+      warp_total[kStepWarps];
   __shared__ float split_out[kMaxClusterSize][Tile::kHeadDim + 2];
   __shared__ __align__(8) uint64_t arrived;
 
@@ -44,7 +41,7 @@ __global__ void __launch_bounds__(StepMmaTile<kSteps>::kWarps* kWarpSize,
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int g = lane / 4, q = lane % 4, matrix = lane / 8, line = lane % 8;
   const uint32_t own_ring = shared_address(ring) + warp * 2 * Tile::kTileBytes;
-  constexpr int kRoundKeys = Tile::kWarps * kStepTileKeys;
+  constexpr int kRoundKeys = kStepWarps * kStepTileKeys;
 
   const int units = p.head_dim / 8;
   auto load = [&](int first) {
@@ -61,13 +58,6 @@ __global__ void __launch_bounds__(StepMmaTile<kSteps>::kWarps* kWarpSize,
   };
   int first = split.begin + warp * kStepTileKeys;
   load(first);
-  if (threadIdx.x < 2 && p.strides.token == p.head_dim && split.key_rows == nullptr) {
-    const int from = split.begin + kRoundKeys;
-    const int bytes =
-        min((split.end - from) * p.head_dim * static_cast<int>(sizeof(T)), Tile::kPrefetchBytes);
-    const T* cache = threadIdx.x == 0 ? p.key_cache : p.value_cache;
-    if (bytes > 0) prefetch_to_l2(cache + split.own_row + from * p.strides.token, bytes);
-  }
   if (split.count > 1) {
     cluster_arrive();
     cluster_wait();
@@ -91,7 +81,7 @@ __global__ void __launch_bounds__(StepMmaTile<kSteps>::kWarps* kWarpSize,
                            ? __ldcg(reinterpret_cast<const uint32_t*>(query + column + 8))
                            : 0;
   }
-  if (has_new && warp == Tile::kWarps - 1) {
+  if (has_new && warp == kStepWarps - 1) {
     const int64_t target = split.own_row + split.length * p.strides.token;
     for (int unit = lane; unit < 2 * units; unit += kWarpSize) {
       const int column = unit % units * 8;
@@ -159,7 +149,7 @@ __global__ void __launch_bounds__(StepMmaTile<kSteps>::kWarps* kWarpSize,
   for (int offset = 4; offset < kWarpSize; offset *= 2)
     total += __shfl_xor_sync(kFullMask, total, offset);
 
-  if (has_new && warp == Tile::kWarps - 1) {  // its own key and value, which came with the query
+  if (has_new && warp == kStepWarps - 1) {  // its own key and value, which came with the query
     float score = 0.0f;
     for (int column = 2 * lane; column < p.head_dim; column += 2 * kWarpSize) {
       const float2 a = unpack2<T>(__ldcg(reinterpret_cast<const uint32_t*>(query + column)));
