@@ -4,7 +4,13 @@ shape is one row.
 
 from __future__ import annotations
 
-from eet_patch.adapters import bert, gpt2, gpt2_beam, gpt2_lm_head, gpt2_sample
+from eet_patch.adapters import (
+    bert,
+    gpt2,
+    gpt2_beam,
+    gpt2_lm_head,
+    gpt2_sample,
+)
 from eet_patch.patching import PatchTarget
 
 TRANSFORMERS = "transformers>=4.56,<5.24"
@@ -37,6 +43,13 @@ TARGETS: tuple[PatchTarget, ...] = (
         name="gpt2_block",
         module="transformers.models.gpt2.modeling_gpt2",
         attribute="GPT2Block.forward",
+        requires=TRANSFORMERS,
+        adapter=gpt2.adapter,
+    ),
+    PatchTarget(
+        name="decision_transformer_block",
+        module="transformers.models.decision_transformer.modeling_decision_transformer",
+        attribute="DecisionTransformerGPT2Block.forward",
         requires=TRANSFORMERS,
         adapter=gpt2.adapter,
     ),
