@@ -10,6 +10,9 @@ from eet_patch.adapters import (
     gpt2_beam,
     gpt2_lm_head,
     gpt2_sample,
+    gpt_bigcode,
+    gpt_neo,
+    opt,
 )
 from eet_patch.patching import PatchTarget
 
@@ -52,6 +55,27 @@ TARGETS: tuple[PatchTarget, ...] = (
         attribute="DecisionTransformerGPT2Block.forward",
         requires=TRANSFORMERS,
         adapter=gpt2.adapter,
+    ),
+    PatchTarget(
+        name="opt_layer",
+        module="transformers.models.opt.modeling_opt",
+        attribute="OPTDecoderLayer.forward",
+        requires=TRANSFORMERS,
+        adapter=opt.adapter,
+    ),
+    PatchTarget(
+        name="gpt_neo_block",
+        module="transformers.models.gpt_neo.modeling_gpt_neo",
+        attribute="GPTNeoBlock.forward",
+        requires=TRANSFORMERS,
+        adapter=gpt_neo.adapter,
+    ),
+    PatchTarget(
+        name="gpt_bigcode_block",
+        module="transformers.models.gpt_bigcode.modeling_gpt_bigcode",
+        attribute="GPTBigCodeBlock.forward",
+        requires=TRANSFORMERS,
+        adapter=gpt_bigcode.adapter,
     ),
     PatchTarget(
         name="gpt2_lm_head",
