@@ -4,15 +4,17 @@ shape is one row.
 
 from __future__ import annotations
 
+from functools import partial
+
 from eet_patch.adapters import (
+    beam_search,
     bert,
     gpt2,
-    gpt2_beam,
     gpt2_lm_head,
-    gpt2_sample,
     gpt_bigcode,
     gpt_neo,
     opt,
+    sample,
 )
 from eet_patch.patching import PatchTarget
 
@@ -30,6 +32,10 @@ _BERT_FAMILY = {
     "roc_bert": "RoCBert",
 }
 _FILES = {"data2vec": "modeling_data2vec_text"}
+
+_LOOPS = {
+    "gpt2": ("GPT2LMHeadModel", gpt2.LOOP),
+}
 
 TARGETS: tuple[PatchTarget, ...] = (
     *(
@@ -56,26 +62,19 @@ TARGETS: tuple[PatchTarget, ...] = (
         requires=TRANSFORMERS,
         adapter=gpt2.adapter,
     ),
-    PatchTarget(
-        name="opt_layer",
-        module="transformers.models.opt.modeling_opt",
-        attribute="OPTDecoderLayer.forward",
-        requires=TRANSFORMERS,
-        adapter=opt.adapter,
-    ),
-    PatchTarget(
-        name="gpt_neo_block",
-        module="transformers.models.gpt_neo.modeling_gpt_neo",
-        attribute="GPTNeoBlock.forward",
-        requires=TRANSFORMERS,
-        adapter=gpt_neo.adapter,
-    ),
-    PatchTarget(
-        name="gpt_bigcode_block",
-        module="transformers.models.gpt_bigcode.modeling_gpt_bigcode",
-        attribute="GPTBigCodeBlock.forward",
-        requires=TRANSFORMERS,
-        adapter=gpt_bigcode.adapter,
+    *(
+        PatchTarget(
+            name=name,
+            module=f"transformers.models.{folder}.modeling_{folder}",
+            attribute=f"{cls}.forward",
+            requires=TRANSFORMERS,
+            adapter=adapter,
+        )
+        for name, folder, cls, adapter in (
+            ("opt_layer", "opt", "OPTDecoderLayer", opt.adapter),
+            ("gpt_neo_block", "gpt_neo", "GPTNeoBlock", gpt_neo.adapter),
+            ("gpt_bigcode_block", "gpt_bigcode", "GPTBigCodeBlock", gpt_bigcode.adapter),
+        )
     ),
     PatchTarget(
         name="gpt2_lm_head",
@@ -84,20 +83,16 @@ TARGETS: tuple[PatchTarget, ...] = (
         requires=TRANSFORMERS,
         adapter=gpt2_lm_head.adapter,
     ),
-    PatchTarget(
-        name="gpt2_sample",
-        module="transformers.models.gpt2.modeling_gpt2",
-        attribute="GPT2LMHeadModel._sample",
-        requires=TRANSFORMERS,
-        adapter=gpt2_sample.adapter,
-        level="loop",
-    ),
-    PatchTarget(
-        name="gpt2_beam_search",
-        module="transformers.models.gpt2.modeling_gpt2",
-        attribute="GPT2LMHeadModel._beam_search",
-        requires=TRANSFORMERS,
-        adapter=gpt2_beam.adapter,
-        level="loop",
+    *(
+        PatchTarget(
+            name=f"{folder}_{search.removeprefix('_')}",
+            module=f"transformers.models.{folder}.modeling_{folder}",
+            attribute=f"{cls}.{search}",
+            requires=TRANSFORMERS,
+            adapter=partial(loop.adapter, kind),
+            level="loop",
+        )
+        for folder, (cls, kind) in _LOOPS.items()
+        for search, loop in (("_sample", sample), ("_beam_search", beam_search))
     ),
 )

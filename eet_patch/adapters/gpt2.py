@@ -19,6 +19,7 @@ from eet_patch.adapters.causal import (
     products_reason,
     sight_of,
 )
+from eet_patch.adapters.decoder import NO_CACHE_YET, DecoderKind, Layer, Parts
 from eet_patch.adapters.host import (
     NO_HOST_MASK,
     HostMask,
@@ -34,6 +35,7 @@ from eet_patch.adapters.host import (
 from eet_patch.gates import note_sound, still_sound, submodule_reason
 from eet_patch.ops import blocks
 from eet_patch.ops.attention import MAX_HEAD_DIM
+from eet_patch.ops.decode import DecodeLayer
 from eet_patch.patching import Adapter
 
 KNOWN = frozenset(
@@ -313,3 +315,72 @@ def _cross_attention(
         norm_of(layer._modules["ln_cross_attn"]),
         mask=plan.cross_mask.form,
     )
+
+
+# --- the model in the terms of the loops ---------------------------------------------------------
+
+
+def gpt_parts(model: Any, model_cls: type, layer_cls: type) -> Parts | str:
+    """Of a model whose modules are named as GPT-2's."""
+    beneath: Any = model._modules["transformer"]
+    modules, training = beneath._modules, beneath.training
+    if type(beneath) is not model_cls:
+        return f"the model is a {type(beneath).__name__}"
+    reason = submodule_reason(modules["drop"], nn.Dropout)
+    if reason is not None:
+        return reason
+    if modules["drop"].p and (training or modules["drop"].training):
+        return "dropout is active (the model is in training mode); call model.eval() for inference"
+    return Parts(
+        ((beneath, model_cls),),
+        modules["wte"],
+        (modules["wpe"], nn.Embedding),
+        0,
+        modules["ln_f"],
+        modules["h"],
+        layer_cls,
+    )
+
+
+def _loop_parts(model: Any) -> Parts | str:
+    module: Any = sys.modules[type(model).__module__]
+    return gpt_parts(model, module.GPT2Model, module.GPT2Block)
+
+
+def _loop_layer(layer: Any, like: Tensor) -> Layer | str:
+    reason = layer_reason(layer, like)
+    if reason is not None:
+        return reason
+    modules = layer._modules
+    if "crossattention" in modules:
+        return "the model has cross-attention"
+    attn, mlp, ln_1, ln_2 = modules["attn"], modules["mlp"], modules["ln_1"], modules["ln_2"]
+    implementation = attention_implementation(attn.config)
+    if " " in implementation:
+        return implementation
+    if implementation == "eager" and attn.reorder_and_upcast_attn:
+        return "reorder_and_upcast_attn is set"
+    c_attn, c_proj = attn._modules["c_attn"]._parameters, attn._modules["c_proj"]._parameters
+    fc, proj = mlp._modules["c_fc"]._parameters, mlp._modules["c_proj"]._parameters
+    parameters = DecodeLayer(
+        ln_1._parameters["weight"],
+        ln_1._parameters["bias"],
+        (c_attn["weight"],),
+        (c_attn["bias"],),
+        c_proj["weight"],
+        c_proj["bias"],
+        ln_2._parameters["weight"],
+        ln_2._parameters["bias"],
+        fc["weight"],
+        fc["bias"],
+        proj["weight"],
+        proj["bias"],
+        NO_CACHE_YET,
+        NO_CACHE_YET,
+        softmax_scale(attn, implementation),
+    )
+    activation, eps = activation_of(mlp.act), (ln_1.eps, ln_2.eps)
+    return Layer(parameters, attn.num_heads, activation, eps, True)
+
+
+LOOP: DecoderKind = DecoderKind(_loop_parts, _loop_layer)
