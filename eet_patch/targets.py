@@ -35,6 +35,8 @@ _FILES = {"data2vec": "modeling_data2vec_text"}
 
 _LOOPS = {
     "gpt2": ("GPT2LMHeadModel", gpt2.LOOP),
+    "opt": ("OPTForCausalLM", opt.LOOP),
+    "gpt_neo": ("GPTNeoForCausalLM", gpt_neo.LOOP),
 }
 
 TARGETS: tuple[PatchTarget, ...] = (

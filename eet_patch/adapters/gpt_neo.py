@@ -22,6 +22,8 @@ from eet_patch.adapters.causal import (
     products_reason,
     sight_of,
 )
+from eet_patch.adapters.decoder import NO_CACHE_YET, DecoderKind, Layer, Parts
+from eet_patch.adapters.gpt2 import gpt_parts
 from eet_patch.adapters.host import (
     TRAINING,
     activation_of,
@@ -35,6 +37,7 @@ from eet_patch.adapters.host import (
 from eet_patch.gates import note_sound, still_sound, submodule_reason
 from eet_patch.ops import blocks
 from eet_patch.ops.attention import MAX_HEAD_DIM
+from eet_patch.ops.decode import DecodeLayer
 from eet_patch.patching import Adapter
 
 KNOWN = frozenset({"hidden_states", "layer_past", "attention_mask", "output_attentions"})
@@ -223,3 +226,50 @@ def layer_reason(layer: Any, like: Tensor) -> str | None:
     if reason is None:
         note_sound(layer, like)
     return reason
+
+
+# --- the model in the terms of the loops ---------------------------------------------------------
+
+
+def _loop_parts(model: Any) -> Parts | str:
+    module: Any = sys.modules[type(model).__module__]
+    return gpt_parts(model, module.GPTNeoModel, module.GPTNeoBlock)
+
+
+def _loop_layer(layer: Any, like: Tensor) -> Layer | str:
+    if layer.training:
+        return TRAINING
+    reason = layer_reason(layer, like) or buffer_reason(layer._modules["attn"])
+    if reason is not None:
+        return reason
+    modules = layer._modules
+    attention, mlp = modules["attn"], modules["mlp"]
+    own, ln_1, ln_2 = attention._modules["attention"], modules["ln_1"], modules["ln_2"]
+    qkv = [own._modules[name]._parameters for name in PROJECTIONS]
+    out, fc, proj = (
+        module._parameters
+        for module in (own._modules["out_proj"], mlp._modules["c_fc"], mlp._modules["c_proj"])
+    )
+    parameters = DecodeLayer(
+        ln_1._parameters["weight"],
+        ln_1._parameters["bias"],
+        tuple(part["weight"] for part in qkv),
+        tuple(part["bias"] for part in qkv),
+        out["weight"],
+        out["bias"],
+        ln_2._parameters["weight"],
+        ln_2._parameters["bias"],
+        fc["weight"],
+        fc["bias"],
+        proj["weight"],
+        proj["bias"],
+        NO_CACHE_YET,
+        NO_CACHE_YET,
+        1.0,
+    )
+    window = own.config.window_size if attention.attention_type == "local" else None
+    activation, eps = activation_of(mlp.act), (ln_1.eps, ln_2.eps)
+    return Layer(parameters, own.num_heads, activation, eps, False, window)
+
+
+LOOP: DecoderKind = DecoderKind(_loop_parts, _loop_layer)

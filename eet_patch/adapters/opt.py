@@ -20,6 +20,7 @@ from eet_patch.adapters.causal import (
     products_reason,
     sight_of,
 )
+from eet_patch.adapters.decoder import NO_CACHE_YET, DecoderKind, Layer, Parts
 from eet_patch.adapters.host import (
     TRAINING,
     TRAINING_DROPOUT,
@@ -33,6 +34,7 @@ from eet_patch.adapters.host import (
 from eet_patch.gates import note_sound, still_sound, submodule_reason
 from eet_patch.ops import blocks
 from eet_patch.ops.attention import MAX_HEAD_DIM
+from eet_patch.ops.decode import DecodeLayer
 from eet_patch.patching import Adapter
 
 KNOWN = frozenset({"hidden_states", "past_key_values", "attention_mask", "output_attentions"})
@@ -162,3 +164,72 @@ def layer_reason(layer: Any, like: Tensor) -> str | None:
     if reason is None:
         note_sound(layer, like)
     return reason
+
+
+# --- the model in the terms of the loops ---------------------------------------------------------
+
+
+def _loop_parts(model: Any) -> Parts | str:
+    module: Any = sys.modules[type(model).__module__]
+    beneath: Any = model._modules["model"]
+    decoder: Any = beneath._modules.get("decoder")
+    if decoder is None:
+        return f"the model is a {type(beneath).__name__}"
+    if decoder.training:
+        return TRAINING  # where layers may be left out at random
+    modules = decoder._modules
+    if modules.get("project_in") is not None or modules.get("project_out") is not None:
+        return "words are projected to the layers' width"
+    if modules.get("final_layer_norm") is None:
+        return "there is no norm behind the layers"
+    positions = modules["embed_positions"]
+    return Parts(
+        ((beneath, module.OPTModel), (decoder, module.OPTDecoder)),
+        modules["embed_tokens"],
+        (positions, module.OPTLearnedPositionalEmbedding),
+        positions.offset,
+        modules["final_layer_norm"],
+        modules["layers"],
+        module.OPTDecoderLayer,
+    )
+
+
+def _loop_layer(layer: Any, like: Tensor) -> Layer | str:
+    reason = TRAINING if layer.training else layer_reason(layer, like)
+    if reason is not None:
+        return reason
+    if not layer.do_layer_norm_before:
+        return "the norms stand behind attention and feed-forward"
+    modules = layer._modules
+    attn = modules["self_attn"]
+    implementation = attention_implementation(attn.config)
+    if " " in implementation:
+        return implementation
+    norms = modules["self_attn_layer_norm"], modules["final_layer_norm"]
+    first, second = (norm._parameters for norm in norms)
+    qkv = [attn._modules[name]._parameters for name in PROJECTIONS]
+    out, fc1, fc2 = (
+        module._parameters for module in (attn._modules["out_proj"], modules["fc1"], modules["fc2"])
+    )
+    parameters = DecodeLayer(
+        first["weight"],
+        first["bias"],
+        tuple(part["weight"] for part in qkv),
+        tuple(part["bias"] for part in qkv),
+        out["weight"],
+        out["bias"],
+        second["weight"],
+        second["bias"],
+        fc1["weight"],
+        fc1["bias"],
+        fc2["weight"],
+        fc2["bias"],
+        NO_CACHE_YET,
+        NO_CACHE_YET,
+        attn.scaling,
+    )
+    activation, eps = activation_of(layer.activation_fn), (norms[0].eps, norms[1].eps)
+    return Layer(parameters, attn.num_heads, activation, eps, False)
+
+
+LOOP: DecoderKind = DecoderKind(_loop_parts, _loop_layer)
