@@ -2,6 +2,9 @@
 through everything that the loops share.
 """
 
+import inspect
+import re
+
 import pytest
 import torch
 from helpers import (
@@ -20,6 +23,7 @@ from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
 import eet_patch
+from eet_patch.adapters import gpt2, gpt_neo, opt
 from eet_patch.generation import loop
 
 KINDS = {"opt": "opt", "gpt_neo_within_window": "gpt_neo"}  # -> how its targets' names begin
@@ -275,11 +279,16 @@ def test_two_runs_give_the_same_bits(device, dtype, kind):
 # --- what runs the original ----------------------------------------------------------------------
 
 
-def changed(kind, change=lambda model: None, **settings):
+def changed(kind, change, **settings):
     """A model whose modules `change` has worked on."""
-    model = tiny_decoder(kind, **settings)
+    model = tiny_gpt2(**settings) if kind == "gpt2" else tiny_decoder(kind, **settings)
     change(model)
     return model
+
+
+def subclassed(module):
+    base = type(module)
+    module.__class__ = type("Other", (base,), {"forward": base.forward})
 
 
 def other_width(model):
@@ -287,7 +296,21 @@ def other_width(model):
     layer.fc1, layer.fc2 = nn.Linear(48, 64), nn.Linear(64, 48)
 
 
+def other_act(model):
+    model.model.decoder.layers[1].activation_fn = nn.GELU()
+
+
 CASES = {
+    "dropout is active (the model": ("gpt2", lambda m: m.transformer.drop.train(), {}),
+    "the model has cross-attention": ("gpt2", lambda m: None, {"add_cross_attention": True}),
+    "reorder_and_upcast_attn is set": (
+        "gpt2",
+        lambda m: None,
+        {"reorder_and_upcast_attn": True, "attn_implementation": "eager"},
+    ),
+    "the model is a ": ("gpt2", lambda m: subclassed(m.transformer), {}),
+    "the model is a Other": ("opt", lambda m: subclassed(m.model), {}),
+    "the layers differ in their": ("opt", other_act, {}),
     "the norms stand behind": (
         "opt",
         lambda m: setattr(m.model.decoder.layers[1], "do_layer_norm_before", False),
@@ -342,7 +365,7 @@ def test_runs_the_original(reason, settings):
     model, inputs = changed(kind, change, **sizes), inputs_of("left", torch.device("cpu"))
     if "beyond the model's" in reason:
         settings = settings | {"max_new_tokens": 249}
-    family = "opt" if kind.startswith("opt") else "gpt_neo"
+    family = next(name for name in ("gpt2", "opt", "gpt_neo") if kind.startswith(name))
     name = f"{family}_{'beam_search' if 'num_beams' in settings else 'sample'}"
     try:
         own = generated(model, inputs, **settings)
@@ -356,6 +379,14 @@ def test_runs_the_original(reason, settings):
             assert torch.equal(generated(model, inputs, **settings), own)
         (told,) = eet_patch.report()[name].fallbacks
     assert told.startswith(reason)
+
+
+def test_every_reason_of_a_model_has_a_case():
+    for module in (gpt2, gpt_neo, opt):
+        own = inspect.getsource(module).partition("# --- the model in the terms of the loops")[2]
+        assert own
+        for text in re.findall(r'return \(?\s*f?"([a-z][^"]* [^"]*)"', own):
+            assert text.startswith(tuple(CASES)), f"no test has the reason {text!r}"
 
 
 def test_a_window_of_all_tokens_but_the_last(device):
@@ -398,7 +429,7 @@ def test_a_layer_of_another_class_runs(kind):
         model = tiny_decoder(kind)
         module = find(model)
         base = type(module)
-        module.__class__ = type("Other", (base,), {"forward": base.forward})
+        subclassed(module)
         own = generated(model, inputs)
         eet_patch.reset_report()
         with eet_patch.enabled():
