@@ -47,13 +47,13 @@ Workspace workspace_parts(const DecodeLayersArgs& args) {
 }
 
 template <typename T>
-cudaError_t launch_step_attention(void (*kernel)(StepAttentionParams<T>), int threads,
-                                  int shared_bytes, const StepAttentionParams<T>& p,
-                                  const DecodeLayersArgs& args, cudaStream_t stream) {
+cudaError_t launch_step_attention(void (*kernel)(StepAttentionParams<T>), int shared_bytes,
+                                  const StepAttentionParams<T>& p, const DecodeLayersArgs& args,
+                                  cudaStream_t stream) {
   LaunchConfig config;
   config.stream = stream;
   config.chained = true;
-  config.block = dim3(static_cast<unsigned>(threads));
+  config.block = dim3(kStepThreads);
   config.cluster_size = attention_splits(args);
   config.grid = dim3(static_cast<unsigned>(config.cluster_size),
                      static_cast<unsigned>(args.num_heads), static_cast<unsigned>(args.rows));
@@ -65,16 +65,15 @@ template <typename T, int kLanes, int kPieces>
 cudaError_t launch_step_attention(const StepAttentionParams<T>& p, const DecodeLayersArgs& args,
                                   cudaStream_t stream) {
   using Tile = StepAttentionTile<T, kLanes, kPieces>;
-  return launch_step_attention(step_attention_kernel<T, kLanes, kPieces>, kStepThreads,
+  return launch_step_attention(step_attention_kernel<T, kLanes, kPieces>,
                                Tile::kStages * Tile::kStageBytes, p, args, stream);
 }
 
 template <typename T, int kSteps>
 cudaError_t launch_step_attention_mma(const StepAttentionParams<T>& p, const DecodeLayersArgs& args,
                                       cudaStream_t stream) {
-  return launch_step_attention(
-      step_attention_mma_kernel<T, kSteps>, StepMmaTile<kSteps>::kWarps * kWarpSize,
-      StepMmaTile<kSteps>::kStages * StepMmaTile<kSteps>::kStageBytes, p, args, stream);
+  return launch_step_attention(step_attention_mma_kernel<T, kSteps>,
+                               StepMmaTile<kSteps>::kRingBytes, p, args, stream);
 }
 
 template <typename T>

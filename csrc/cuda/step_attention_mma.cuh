@@ -23,8 +23,8 @@ struct StepMmaTile {
 };
 
 // blockIdx, splits and the hand-over between them: as step_attention_kernel. A warp takes every
-// kStepWarps-th tile of its block's keys, which it copies to shared memory for itself, kStages
-// ahead, and has a running softmax of its own. Dynamic shared memory: the tiles under way. Reads K
+// kStepWarps-th tile of its block's keys, which it copies to shared memory for itself,
+// and has a running softmax of its own. Dynamic shared memory: the tiles under way. Reads K
 // and V once. The launch before must release its dependents late.
 template <typename T, int kSteps>
 __global__ void __launch_bounds__(kStepThreads, 4)

@@ -1,9 +1,10 @@
-"""GPT2LMHeadModel's beam search (`_beam_search`) of transformers 4.56 to 5.23: the context once for
-all beams of a prompt, then steps over fixed buffers.
+"""Beam search (`_beam_search`) of decoders with a language model head, of transformers 4.56 to
+5.23: the context once for all beams of a prompt, then steps over fixed buffers.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eet_patch.adapters.gpt2_decoder import (
+from eet_patch.adapters.decoder import (
     Context,
+    DecoderKind,
     call_reason,
     context_of,
-    describe,
+    decoder_of,
     head_weight_of,
-    model_reason,
 )
 from eet_patch.generation import pool
 from eet_patch.generation.beam import BeamOptions, search
@@ -34,22 +35,22 @@ class Plan(NamedTuple):
     options: BeamOptions
 
 
-def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
-    module = sys.modules[cls.__module__]
-    block_cls, model_cls = module.GPT2Block, module.GPT2Model  # type: ignore[attr-defined]
-
+def adapter(kind: DecoderKind, cls: type, original: Callable[..., Any]) -> Adapter:
     def plan(model: Any, arguments: dict[str, Any]) -> Plan | str:
         config = arguments["generation_config"]
-        reason = call_reason(model, arguments, config) or model_reason(model, model_cls, block_cls)
+        reason = call_reason(model, arguments, config)
         if reason is not None:
             return reason
+        decoder = decoder_of(model, kind)
+        if isinstance(decoder, str):
+            return decoder
         if config.do_sample:
             return "beam search draws samples"
         if config.return_dict_in_generate and (config.output_scores or config.output_logits):
             return "scores or logits of each step of a beam search were asked for"
         if getattr(config, "low_memory", None) or config.num_beams < 2:
             return "the beam search is of another kind"
-        context = context_of(model, arguments)
+        context = context_of(decoder, arguments)
         if isinstance(context, str):
             return context
         stopping = stopping_of(arguments["stopping_criteria"])
@@ -73,9 +74,8 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         )
         if isinstance(choice, str):
             return choice
-        decoder = describe(model)
         num_beams, kept = config.num_beams, max(2, 1 + len(eos)) * config.num_beams
-        if kept > MAX_CANDIDATES or kept > decoder.vocab_size:
+        if kept > MAX_CANDIDATES or kept > decoder.model.vocab_size:
             return f"{kept} continuations are kept in each step"
         try:
             _ = context.new_tokens ** float(config.length_penalty)
@@ -95,7 +95,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
             input_ids.shape[1],
             context.max_length,
         )
-        return Plan(decoder, context, choice, options)
+        return Plan(decoder.model, context, choice, options)
 
     def forward(plan: Plan, model: Any, arguments: dict[str, Any]) -> Any:
         config, context, beams = (
@@ -163,14 +163,17 @@ def _context_logits(
     positions = torch.arange(prompts.shape[1], device=prompts.device) - starts[:, None]
     mask = arguments.get("attention_mask")
     num_beams = arguments["input_ids"].shape[0] // prompts.shape[0]
+    # Not every model could be asked for the last logits alone before 5.0.
+    can = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    last_alone = {"logits_to_keep": 1} if can else {}
     outputs = model(
         input_ids=prompts,
         attention_mask=None if mask is None else mask[::num_beams],
         position_ids=positions.clamp(min=0),
         past_key_values=past,
         use_cache=True,
-        logits_to_keep=1,
         return_dict=True,
+        **last_alone,
     )
     return outputs.logits[:, -1].contiguous()
 
