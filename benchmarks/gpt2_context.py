@@ -1,13 +1,13 @@
-"""The charts that EET published for GPT-2: 1024 tokens in all at batch 4, fp16, by the share of them
-that is context, and by hidden size at half of it.
+"""The charts that EET published for GPT-2: 1024 tokens in all at batch 4, fp16, by the share of
+them that is context, and by hidden size at half of it.
 
     python benchmarks/gpt2_context.py --slow-runs 3
     python benchmarks/gpt2_context.py --only 'h1024 ' --providers eet_patch,transformers
     python benchmarks/gpt2_context.py --providers transformers-static-compile --slow-runs 3
 
 24 layers, 12 above a hidden size of 5120; heads of 64. A row is a whole call of generate() / new
-tokens. PUBLISHED stands against the PyTorch of 2021, which fed a prompt token by token: it is quoted
-beside our rows, not compared with them. Check and floor are those of gpt2_common.py.
+tokens. PUBLISHED stands against the PyTorch of 2021, which fed a prompt token by token: it is
+quoted beside our rows, not compared with them. Check and floor are those of gpt2_common.py.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The context of generate(): one forward of 4 x 512 tokens into an empty cache, milliseconds a call.
+"""The context of generate(): a forward of 4 x 512 tokens into an empty cache, ms a call.
 
     python benchmarks/gpt2_prefill.py                      # GPU: every size, one after the other
     python benchmarks/gpt2_prefill.py --models small,10b --providers eet_patch,transformers
