@@ -368,9 +368,10 @@ def number(value: float | None) -> str:
 
 
 def make_rows(
-    case: Case, found: dict[str, Measurement], floor_ms: float, device: str, per: int = 1
+    case: Case, found: dict[str, Measurement], floor_ms: float | None, device: str, per: int = 1
 ) -> list[Row]:
-    """One row a provider. `per` divides the times: new tokens, or 1 for a whole call."""
+    """One row a provider. `per` divides the times: new tokens, or 1 for a whole call. `floor_ms`
+    is None where nothing tells how fast the work could be."""
     rows = []
     for provider, measurement in found.items():
         times = [value / per for value in measurement.times_ms]
@@ -390,7 +391,7 @@ def make_rows(
                 "p20_ms": number(p20),
                 "p80_ms": number(p80),
                 "floor_ms": number(floor_ms),
-                "ratio_to_floor": f"{median / floor_ms:.2f}",
+                "ratio_to_floor": "" if floor_ms is None else f"{median / floor_ms:.2f}",
                 "peak_gb": number(measurement.peak_gb),
                 "max_error": f"{measurement.max_error:.1e}",
                 "checked": str(measurement.checked).lower(),
