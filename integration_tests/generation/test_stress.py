@@ -5,6 +5,8 @@ Environment:
     EET_TEST_SECONDS    after which threads that still run count as deadlocked; default: 240
 """
 
+import contextlib
+import ctypes
 import faulthandler
 import gc
 import os
@@ -12,6 +14,7 @@ import random
 import sys
 import threading
 import time
+import warnings
 import weakref
 
 import pytest
@@ -248,6 +251,33 @@ def test_out_of_memory_behind_a_streamer_is_raised(device, monkeypatch):
     assert len(got) == 2  # the prompt and one token
 
 
+def test_a_kernel_without_memory_runs_the_original(device, monkeypatch):
+    """Kernels are loaded at their first launch, which may fail for want of memory."""
+    model = tiny_gpt2(device)
+    inputs = batch_of("left", device, (9, 5, 7), vocab_size=500)
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    own = model.generate(**inputs, **settings)
+    launch, launches = step.DecodeStep._launch, []
+
+    def fail_at_third(*arguments):
+        launches.append(1)
+        if len(launches) == 3:
+            raise RuntimeError("CUDA error 2 (cudaErrorMemoryAllocation): out of memory")
+        launch(*arguments)
+
+    monkeypatch.setattr(step.DecodeStep, "_launch", fail_at_third)
+    made = step.DecodeStep.__init__
+
+    def without_graphs(self, *arguments):
+        made(self, *arguments)
+        self._graphs_work = False
+
+    monkeypatch.setattr(step.DecodeStep, "__init__", without_graphs)
+    with eet_patch.enabled():
+        assert torch.equal(model.generate(**inputs, **settings), own)
+        assert eet_patch.report()["gpt2_sample"].fallbacks == {"out of memory": 1}
+
+
 def test_buffers_that_find_no_memory(device):
     """torch's allocator refuses what the loop asks for: the original runs, and the report tells."""
     if device.type != "cuda":
@@ -268,3 +298,66 @@ def test_buffers_that_find_no_memory(device):
         assert sum(eet_patch.report().memory.values()) == 0  # what was taken is free again
         assert torch.equal(model.generate(**inputs, **settings), own)
         assert eet_patch.report()["gpt2_sample"].replaced == 1
+
+
+@contextlib.contextmanager
+def no_memory_of_the_driver():
+    """Takes all that the driver would still give. Torch keeps the blocks that it has."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    taken, size = [], 2**36
+    while size >= 4096:
+        address = ctypes.c_uint64()
+        if driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(size)) == 0:
+            taken.append(address)
+        else:
+            size //= 2
+    try:
+        yield
+    finally:
+        for address in taken:
+            driver.cuMemFree_v2(address)
+
+
+def test_capture_without_memory(device):
+    """A graph that the driver has no memory for: the steps run without it, or the original does,
+    and somebody says so.
+    """
+    if device.type != "cuda":
+        pytest.skip("graphs are CUDA's")
+    model = tiny_gpt2(device)
+    inputs = batch_of("left", device, (9, 5, 7, 3, 8), vocab_size=500)
+    settings = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    own = model.generate(**inputs, **settings)
+    with eet_patch.enabled():  # torch has blocks for this call from now on, the driver the kernels
+        assert torch.equal(model.generate(**inputs, **settings), own)
+    before = alive(Graph)
+    with eet_patch.enabled(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with no_memory_of_the_driver():
+            out = model.generate(**inputs, **settings)
+        assert torch.equal(out, own)
+        row = eet_patch.report()["gpt2_sample"]
+        told = [str(one.message) for one in said if "eet_patch could not" in str(one.message)]
+        captured = alive(Graph) > before
+        assert captured or told or row.fallbacks == {"out of memory": 1}
+        assert torch.equal(model.generate(**inputs, **settings), own)
+
+
+@pytest.mark.parametrize("method", ["__enter__", "__exit__", "replay"])
+def test_a_graph_that_fails_says_so(device, monkeypatch, method):
+    if device.type != "cuda":
+        pytest.skip("graphs are CUDA's")
+    model = tiny_gpt2(device)
+    inputs = batch_of("left", device, (9, 5, 7), vocab_size=500)
+    settings = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    own = model.generate(**inputs, **settings)
+    original = getattr(Graph, method)
+
+    def fail(graph, *arguments):
+        if method == "__exit__":  # the stream must not stay in capture
+            original(graph, *arguments)
+        raise RuntimeError("CUDA error 2 (cudaErrorMemoryAllocation): out of memory")
+
+    monkeypatch.setattr(Graph, method, fail)
+    with patched("gpt2_sample"), pytest.warns(UserWarning, match="could not .* out of memory"):
+        assert torch.equal(model.generate(**inputs, **settings), own)
