@@ -144,7 +144,7 @@ def test_hidden_16384(device):
 
 
 def test_sequence_of_16384(device, dtype):
-    length, new = (16384, 40) if device.type == "cuda" else (1500, 20)
+    length, new = (16384, 40) if device.type == "cuda" else (600, 20)
     model = large_gpt2(
         device, dtype, n_embd=512, n_head=8, n_layer=2, vocab_size=1000, n_positions=length
     )
