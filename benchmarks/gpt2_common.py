@@ -11,6 +11,7 @@ import contextlib
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import harness
 import torch
@@ -123,12 +124,16 @@ def providers_of(case: Case, model: nn.Module, prompt: Tensor, device: str) -> d
     def call(**options: object) -> Callable[[], Tensor]:
         return lambda: generate(model, prompt, case.new_tokens, **options)
 
-    return {
-        harness.BASELINE: Provider(harness.BASELINE, call()),
-        EAGER: Provider(EAGER, call(), lambda: attention_of(model, "eager")),
-        harness.PATCHED: harness.patched_provider(call()),
-        STATIC: Provider(STATIC, call(**static_options(device))),
-    }
+    def eager() -> AbstractContextManager[None]:
+        return attention_of(model, "eager")
+
+    known = (
+        Provider(harness.BASELINE, call(), one_call_warms=True),
+        Provider(EAGER, call(), eager, one_call_warms=True),
+        harness.patched_provider(call()),
+        Provider(STATIC, call(**static_options(device)), one_call_warms=True),
+    )
+    return {provider.name: provider for provider in known}
 
 
 def chosen(
@@ -188,15 +193,16 @@ def floor_ms(
     rates: harness.Rates,
     model: nn.Module,
     dtype: torch.dtype,
-    batch_size: int,
+    rows: float,
     cached_tokens: float,
 ) -> float:
-    """Of one step. `cached_tokens`: keys that a step reads on average, of all rows together."""
+    """Of one step, of `rows` on average. `cached_tokens`: keys that it reads on average, of all
+    rows together."""
     weights = [*harness.layer_parameters(model.transformer.h), model.lm_head.weight]
     config = model.config
     cache_bytes = 2 * config.n_layer * config.n_embd * cached_tokens * dtype.itemsize
     read_bytes = sum(weight.nbytes for weight in weights) + cache_bytes
-    operations = 2 * sum(weight.numel() for weight in weights) * batch_size
+    operations = 2 * sum(weight.numel() for weight in weights) * rows
     return rates.floor_ms(dtype, read_bytes, operations)
 
 

@@ -222,7 +222,8 @@ def run_case(case: Case, rates: harness.Rates, args: argparse.Namespace) -> list
             batch_size=option.batch_size,
             fill=option.fill,
         )
-        floor_ms = gpt2_common.floor_ms(rates, model, case.dtype, option.batch_size, option.cached)
+        alive = option.batch_size * option.fill
+        floor_ms = gpt2_common.floor_ms(rates, model, case.dtype, alive, option.cached)
         measured = {PATCHED: found[label]}
         rows += harness.make_rows(work, measured, floor_ms, args.device, per=case.new_tokens)
     first, second = rows

@@ -75,12 +75,14 @@ class Case:
 @dataclass(frozen=True)
 class Provider:
     """A way to run the case. `scope` is entered around the calls and is outside the clock; leaving
-    a `patched` one drops the buffers and graphs that calls leave behind."""
+    a `patched` one drops the buffers and graphs that calls leave behind. Where `one_call_warms`,
+    the check's call has done all that is done once."""
 
     name: str
     call: Callable[[], Tensor]
     scope: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
     patched: bool = False
+    one_call_warms: bool = False
 
 
 @dataclass
@@ -193,6 +195,8 @@ def check(
     if device != "cpu":
         measurement.peak_gb = torch.cuda.max_memory_allocated(device) / 1e9
     first = time.perf_counter() - started
+    # A first guess, which the first timed call puts right.
+    measurement.slow = provider.one_call_warms and first * 1e3 > SLOW_MS
     measurement.max_error, measurement.checked = compare(provider, result)
     if not measurement.checked:
         print(
@@ -230,8 +234,8 @@ def measure(
     """Check each provider, then time all of them in turns, so that a drift of the machine hits all.
 
     A turn is one call that isn't timed (entering a scope may have dropped buffers or captured
-    graphs) and a few that are; a slow provider whose scope drops nothing warms up once alone. The
-    order of the providers changes from round to round.
+    graphs) and a few that are; a slow provider whose scope drops nothing warms up once alone, by
+    the check if one call is enough. The order of the providers changes from round to round.
     """
     found = {provider.name: Measurement() for provider in providers}
     for provider in providers:
@@ -253,6 +257,7 @@ def measure(
                     calls = max(2 if first > 500 else 5, -(-args.runs // turns))
                 for _ in range(calls):
                     measurement.times_ms.append(clock(provider.call, args.device))
+                measurement.slow = measurement.times_ms[-1] > SLOW_MS
         rounds += 1
         order.reverse()
         enough = all(

@@ -84,7 +84,8 @@ def table(rows: list[Row]) -> str:
     header = ["model", "dtype", "batch", tokens]
     header += [f"{TITLES[name]}, {unit}" for name in providers]
     others = [name for name in providers if name not in (BASELINE, PATCHED)]
-    header += ["speed-up"]
+    compared = BASELINE in providers
+    header += ["speed-up"] if compared else []
     header += ["over the best other"] if others else []
     header += [f"floor, {unit}"]
     header += [QUOTED[case][0]] if case in QUOTED else []
@@ -96,7 +97,7 @@ def table(rows: list[Row]) -> str:
         if BASELINE in found and PATCHED in found:
             ratio = float(found[BASELINE]["median_ms"]) / float(found[PATCHED]["median_ms"])
             speed_up = f"{ratio:.2f}x"
-        ratios = [speed_up]
+        ratios = [speed_up] if compared else []
         if others:
             best = min((float(found[p]["median_ms"]) for p in found if p != PATCHED), default=0.0)
             known = best and PATCHED in found
