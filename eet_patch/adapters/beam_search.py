@@ -19,6 +19,7 @@ from eet_patch.adapters.decoder import (
     context_of,
     decoder_of,
     head_weight_of,
+    restored_out_of_memory,
 )
 from eet_patch.generation import pool
 from eet_patch.generation.beam import BeamOptions, search
@@ -98,6 +99,10 @@ def adapter(kind: DecoderKind, cls: type, original: Callable[..., Any]) -> Adapt
         return Plan(decoder.model, context, choice, options)
 
     def forward(plan: Plan, model: Any, arguments: dict[str, Any]) -> Any:
+        with restored_out_of_memory(arguments):
+            return run(plan, model, arguments)
+
+    def run(plan: Plan, model: Any, arguments: dict[str, Any]) -> Any:
         config, context, beams = (
             arguments["generation_config"],
             plan.context,
@@ -107,7 +112,7 @@ def adapter(kind: DecoderKind, cls: type, original: Callable[..., Any]) -> Adapt
         if past is None:
             past = sys.modules["transformers.cache_utils"].DynamicCache(config=model.config)  # type: ignore[attr-defined]
         rows = input_ids.shape[0]
-        # All memory is taken before anything is done: out of it, the original runs.
+        # Most memory is taken before anything is done: out of it, the original runs.
         step = pool.borrow(model, plan.model, rows, context.kv_len + context.new_tokens)
         try:
             prompts = input_ids[::beams]

@@ -5,7 +5,8 @@ model is a `DecoderKind`, which stands beside the adapter of the model's layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -279,3 +280,33 @@ def longest(criteria: Any) -> int | None:
     """The length of a sequence that no row passes."""
     lengths = [c.max_length for c in criteria if type(c).__name__ == "MaxLengthCriteria"]
     return min(lengths) if lengths else None
+
+
+@contextlib.contextmanager
+def restored_out_of_memory(arguments: dict[str, Any]) -> Iterator[None]:
+    """An out-of-memory that leaves the scope leaves the cache and the generator of the call as they
+    were, so that the original can run all of it; one marked with `eet_patch_committed` is let go.
+    """
+    past, device = arguments.get("past_key_values"), arguments["input_ids"].device
+    layers = [] if past is None else list(past.layers)
+    # What a layer holds is appended to behind its end, or replaced: never written over.
+    states = [dict(vars(layer)) for layer in layers]
+    generator: torch.Generator | None = None
+    if arguments["generation_config"].do_sample:
+        on_gpu = device.type == "cuda"
+        generator = (
+            torch.cuda.default_generators[device.index] if on_gpu else torch.default_generator
+        )
+    drawn = torch.empty(0) if generator is None else generator.get_state()
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if not getattr(error, "eet_patch_committed", False):
+            if past is not None:
+                past.layers[:] = layers
+            for layer, state in zip(layers, states, strict=True):
+                vars(layer).clear()
+                vars(layer).update(state)
+            if generator is not None:
+                generator.set_state(drawn)
+        raise

@@ -24,6 +24,7 @@ from eet_patch.adapters.decoder import (
     context_of,
     decoder_of,
     head_weight_of,
+    restored_out_of_memory,
 )
 from eet_patch.generation import pool
 from eet_patch.generation.loop import decode_on_device, decode_with_host
@@ -65,9 +66,13 @@ def adapter(kind: DecoderKind, cls: type, original: Callable[..., Any]) -> Adapt
         return Plan(decoder.model, context, None if isinstance(choice, str) else choice)
 
     def forward(plan: Plan, model: Any, arguments: dict[str, Any]) -> Any:
+        with restored_out_of_memory(arguments):
+            return run(plan, model, arguments)
+
+    def run(plan: Plan, model: Any, arguments: dict[str, Any]) -> Any:
         input_ids, kv_len = arguments["input_ids"], plan.context.kv_len
         batch_size, length = input_ids.shape
-        # All memory is taken before anything is done: out of it, the original runs.
+        # Most memory is taken before anything is done: out of it, the original runs.
         step = pool.borrow(model, plan.model, batch_size, kv_len + plan.context.new_tokens)
         try:
             result = _first_token(original, model, arguments, length)
@@ -85,6 +90,10 @@ def adapter(kind: DecoderKind, cls: type, original: Callable[..., Any]) -> Adapt
             else:
                 result = _with_host(plan, step, arguments, result)
             _hand_over(step, past, kv_len + result.sequences.shape[1] - length - 1)
+        except torch.OutOfMemoryError as error:
+            if arguments.get("streamer") is not None:
+                error.eet_patch_committed = True  # type: ignore[attr-defined]  # it has tokens
+            raise
         finally:
             pool.give_back(model, plan.model, step)
         if arguments["generation_config"].return_dict_in_generate:

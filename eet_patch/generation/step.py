@@ -264,7 +264,11 @@ class DecodeStep:
         key = (rows, choice, min_len, shared, None if appended is None else appended.key)
         graph = self._graphs.get(key)
         if graph is not None:
-            graph.replay()
+            try:
+                graph.replay()
+            except RuntimeError as error:  # its first launch takes memory of its own
+                self._give_up_graphs("launch", error)
+                self._run(model, rows, choice, shared, appended)
             return
         # Also loads the kernels, which a capture must not.
         self._run(model, rows, choice, shared, appended)
@@ -275,16 +279,35 @@ class DecodeStep:
             with graph:
                 self._run(model, rows, choice, shared, appended)
         except RuntimeError as error:
-            self._graphs_work = False
-            warnings.warn(
-                f"eet_patch could not capture a decode step ({error}); it runs without a CUDA "
-                "graph, at the speed of its launches",
-                stacklevel=2,
-            )
+            self._give_up_graphs("capture", error)
         else:
             self._graphs[key] = graph
 
+    def _give_up_graphs(self, what: str, error: RuntimeError) -> None:
+        self._graphs_work = False
+        self._graphs.clear()  # the memory may be short
+        warnings.warn(
+            f"eet_patch could not {what} a decode step ({error}); it runs without a CUDA graph, at "
+            "the speed of its launches",
+            stacklevel=3,
+        )
+
     def _run(
+        self,
+        model: DecoderModel,
+        rows: int,
+        choice: Selection | None,
+        shared: bool,
+        appended: Appended | None,
+    ) -> None:
+        try:
+            self._launch(model, rows, choice, shared, appended)
+        except RuntimeError as error:  # kernels are loaded at their first launch
+            if "cudaErrorMemoryAllocation" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
+
+    def _launch(
         self,
         model: DecoderModel,
         rows: int,
