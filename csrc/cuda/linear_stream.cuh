@@ -99,7 +99,7 @@ __device__ __forceinline__ void workers_sync() {
 // else staged again on the way), partial sums, barriers. Limits: rows <= kRows, in_features (and
 // out_features when kInOut) multiples of 8, 16-byte aligned operands. Moves every weight once.
 template <typename T, int kRows, bool kInOut>
-__global__ void __launch_bounds__(kStreamThreads, kRows <= 32 ? 4 : 2)
+__global__ void __launch_bounds__(kStreamThreads, kRows <= 8 ? 4 : kRows <= 16 ? 3 : 2)
     linear_stream_kernel(const LinearParams<T> p, const __grid_constant__ LinearMaps maps,
                          int panel_k, int k_per_rank, int ring_stages) {
 #if __CUDA_ARCH__ >= 900

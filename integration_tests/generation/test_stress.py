@@ -244,7 +244,7 @@ def test_out_of_memory_behind_a_streamer_is_raised(device, monkeypatch):
         def end(self):
             pass
 
-    monkeypatch.setattr("eet_patch.adapters.gpt2_sample.decode_on_device", no_room)
+    monkeypatch.setattr("eet_patch.adapters.sample.decode_on_device", no_room)
     inputs = batch_of("none", device, (9,), vocab_size=500)
     with eet_patch.enabled(), pytest.raises(torch.OutOfMemoryError, match="no room"):
         model.generate(**inputs, max_new_tokens=9, do_sample=False, streamer=Streamer())
