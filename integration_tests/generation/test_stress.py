@@ -225,7 +225,7 @@ def test_out_of_memory_on_the_way(device, monkeypatch, settings, target, place, 
         return tokens, drawn, past and past.get_seq_length()
 
     own, own_drawn, own_length = run()
-    module = "gpt2_beam" if target == "gpt2_beam_search" else "gpt2_sample"
+    module = "beam_search" if target == "gpt2_beam_search" else "sample"
     monkeypatch.setattr(f"eet_patch.adapters.{module}.{place}", no_room)
     with eet_patch.enabled():
         out, drawn, length = run()
