@@ -1,0 +1,88 @@
+// The sizes of linear_stream.cuh, and the statistics of its layer norm.
+#pragma once
+
+#include "common/bulk_copy.cuh"
+#include "cuda/linear_params.cuh"
+
+namespace eet_patch::cuda {
+
+constexpr int kStreamWarps = 4;  // each of them multiplies 16 columns of a tile
+constexpr int kStreamWorkers = kStreamWarps * kWarpSize;
+constexpr int kStreamThreads = kStreamWorkers + kWarpSize;
+
+struct LinearMaps {
+  CUtensorMap weight[3];
+};
+
+// kRows (8, 16, 32 or 64) bounds the rows of the batch.
+template <int kRows>
+struct StreamTile {
+  static constexpr int kChunkK = 64;  // a chunk is kNormTile columns of kChunkK k: 8 KB
+  static constexpr int kChunkBytes = kNormTile * kChunkK * 2;
+  static constexpr int kMaxStages = 12;
+  // Chunks behind the ring that come to L2 ahead: with few rows more were no faster on an H200.
+  static constexpr int kPrefetchChunks = kRows <= 8 ? 0 : 8;
+  static constexpr int kRowGroups = kRows / 8;      // products of n = 8
+  static constexpr int kPad = 8;                    // elements; keeps fragments off shared banks
+  static constexpr int kSumStride = kNormTile + 4;  // likewise
+  static constexpr int kSmallBytes =
+      (2 * kMaxStages + 1) * 8 + 2 * kRows * 4;  // barriers, statistics
+
+  // Partial sums that one block receives: of its rows, from every rank.
+  __host__ __device__ static constexpr int sum_bytes(int rows, int ranks) {
+    return (rows + ranks - 1) / ranks * ranks * kSumStride * 4;
+  }
+  // The input's columns, and weight and bias of its layer norm.
+  __host__ __device__ static constexpr int panel_bytes(int rows, int panel_k, bool norm) {
+    return (rows * (panel_k + kPad) + (norm ? 2 * panel_k : 0)) * 2;
+  }
+};
+
+// Mean and 1 / sqrt(variance + eps) of every input row, by kStreamWorkers / kRows lanes, from what
+// the producer left of each tile of it. Sums run about the first tile's mean, so that a large mean
+// takes no digits away. The pointer is that of this lane's row, and stands before the wait for the
+// producer.
+template <typename T, int kRows>
+__device__ __forceinline__ void merged_statistics(const LinearParams<T>& p, const float2* partials,
+                                                  float* means, float* scales) {
+  constexpr int kLanes = kStreamWorkers / kRows;
+  constexpr int kTogether = 4;
+  const int part = threadIdx.x % kLanes;
+  const int tiles = (p.in_features + kNormTile - 1) / kNormTile;
+  const float last_count = p.in_features - (tiles - 1) * kNormTile;
+  const float shift = __ldcg(partials).x;
+  float sum = 0.0f, squares = 0.0f;
+#pragma unroll 1
+  for (int first = part; first < tiles; first += kTogether * kLanes) {
+    float2 loaded[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      if (first + i * kLanes < tiles) loaded[i] = __ldcg(partials + first + i * kLanes);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      if (first + i * kLanes < tiles) {
+        const float count = first + i * kLanes == tiles - 1 ? last_count : float(kNormTile);
+        const float delta = loaded[i].x - shift, weighted = count * delta;
+        sum += weighted;
+        squares += fmaf(weighted, delta, loaded[i].y);
+      }
+    }
+  }
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    sum += __shfl_xor_sync(kFullMask, sum, offset);
+    squares += __shfl_xor_sync(kFullMask, squares, offset);
+  }
+  const int row = threadIdx.x / kLanes;
+  if (part == 0 && row < p.rows) {
+    const float inverse = __fdividef(1.0f, float(p.in_features)), mean = sum * inverse;
+    means[row] = shift + mean;
+    scales[row] = rsqrtf(fmaxf(fmaf(-mean, mean, squares * inverse), 0.0f) + p.norm_eps);
+  }
+}
+
+__device__ __forceinline__ void workers_sync() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kStreamWorkers) : "memory");
+}
+
+}  // namespace eet_patch::cuda
