@@ -5,7 +5,7 @@
 #
 # Needs python3 with torch, transformers, pytest, pybind11, wrapt; nvcc and compute-sanitizer on the PATH.
 # EET_TEST_WORKERS sets the number of pytest processes where pytest-xdist is there; EET_TEST_PARTS
-# names what is run, for machines that are lent for a few minutes: "ops end_to_end at_size sanitize".
+# names what is run, for when a GPU is there for a few minutes only: "ops end_to_end at_size sanitize".
 set -uo pipefail
 cd "$(dirname "$0")/.."
 summary=${1:-gpu_tests.txt}
