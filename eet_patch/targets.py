@@ -4,10 +4,20 @@ shape is one row.
 
 from __future__ import annotations
 
-from eet_patch.adapters import bert, gpt2, gpt2_beam, gpt2_lm_head, gpt2_sample
+from eet_patch.adapters import (
+    bert,
+    fairseq_decoder,
+    fairseq_encoder,
+    gpt2,
+    gpt2_beam,
+    gpt2_lm_head,
+    gpt2_sample,
+)
 from eet_patch.patching import PatchTarget
 
 TRANSFORMERS = "transformers>=4.56,<5.24"
+# The version that ve-fairseq 0.12.3 gives itself; its models build the *Base classes.
+FAIRSEQ = "fairseq>=0.12.3,<0.13"
 
 _BERT_FAMILY = {
     "bert": "Bert",
@@ -62,5 +72,19 @@ TARGETS: tuple[PatchTarget, ...] = (
         requires=TRANSFORMERS,
         adapter=gpt2_beam.adapter,
         level="loop",
+    ),
+    PatchTarget(
+        name="fairseq_encoder_layer",
+        module="fairseq.modules.transformer_layer",
+        attribute="TransformerEncoderLayerBase.forward",
+        requires=FAIRSEQ,
+        adapter=fairseq_encoder.adapter,
+    ),
+    PatchTarget(
+        name="fairseq_decoder_layer",
+        module="fairseq.modules.transformer_layer",
+        attribute="TransformerDecoderLayerBase.forward",
+        requires=FAIRSEQ,
+        adapter=fairseq_decoder.adapter,
     ),
 )
