@@ -25,7 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 DEFAULT_OUT = Path.home() / ".cache" / "eet_patch" / "tiny_fairseq"
-SIZES = {"train": 16000, "valid": 200, "test": 300}
+# test1 is a second, small test set, which fairseq names so.
+SIZES = {"train": 16000, "valid": 200, "test": 300, "test1": 48}
 SEED = 0
 
 ONES = "zero one two three four five six seven eight nine".split()
@@ -165,14 +166,18 @@ def run(name: str, *args: object, **environment: str) -> None:
 
 
 def preprocess(raw: Path, out: Path) -> None:
-    splits = [f"--{split if split == 'train' else split}pref={raw / split}" for split in SIZES]
-    run("fairseq-preprocess", "-s", "words", "-t", "digits", "--joined-dictionary", *splits,
+    def prefixes(suffix: str) -> list[str]:
+        return [
+            f"--trainpref={raw}/train{suffix}",
+            f"--validpref={raw}/valid{suffix}",
+            f"--testpref={raw}/test{suffix},{raw}/test1{suffix}",
+        ]
+
+    run("fairseq-preprocess", "-s", "words", "-t", "digits", "--joined-dictionary", *prefixes(""),
         "--destdir", out / "data")  # fmt: skip
     # The language model reads words, by the same dictionary.
-    named = [f"--{split}pref={raw / f'{split}.words'}" for split in SIZES]
-    dictionary = out / "data" / "dict.words.txt"
-    run("fairseq-preprocess", "--only-source", "--srcdict", dictionary, *named,
-        "--destdir", out / "data_lm")  # fmt: skip
+    run("fairseq-preprocess", "--only-source", "--srcdict", out / "data" / "dict.words.txt",
+        *prefixes(".words"), "--destdir", out / "data_lm")  # fmt: skip
 
 
 def data_folder(name: str) -> str:

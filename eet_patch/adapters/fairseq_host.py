@@ -132,7 +132,9 @@ def is_future_mask(mask: Tensor) -> bool:
     waits for the device; masks of which can't be told whether they have changed never are.
     """
     whole = mask if mask._base is None else mask._base
-    if mask.is_inference() or whole.dim() != 2 or whole.shape[0] != whole.shape[1]:
+    if mask.is_inference() or not mask.is_floating_point():
+        return False
+    if whole.dim() != 2 or whole.shape[0] != whole.shape[1]:
         return False
     if mask.storage_offset() != whole.storage_offset() or mask.shape[0] != mask.shape[1]:
         return False

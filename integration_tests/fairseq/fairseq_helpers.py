@@ -3,6 +3,7 @@ print, and tiny models.
 """
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -14,12 +15,14 @@ from dataclasses import dataclass, field
 import torch
 from fairseq import options
 from fairseq.data import Dictionary
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models.transformer import TransformerConfig, TransformerModel, base_architecture
 from fairseq.modules.transformer_layer import (
     TransformerDecoderLayerBase,
     TransformerEncoderLayerBase,
 )
-from helpers import in_place, randomised
+from fairseq_cli import eval_lm, generate
+from helpers import assert_replaced, in_place, randomised
 from train_tiny_fairseq import command
 
 import eet_patch
@@ -95,53 +98,50 @@ def assert_same_alignment(out, own):
     torch.testing.assert_close(*numbers, rtol=0, atol=1e-4)
 
 
-def in_this_process(name, *arguments):
-    """Runs a fairseq command's own `main` and returns what it prints."""
-    from fairseq_cli import eval_lm, generate, validate
-
-    module, parser = {
-        "fairseq-generate": (generate, options.get_generation_parser),
-        "fairseq-eval-lm": (eval_lm, options.get_eval_lm_parser),
-        "fairseq-validate": (validate, options.get_validation_parser),
+def configured(name, *arguments):
+    """A fairseq command's arguments as its `main` takes them."""
+    parser = {
+        "fairseq-generate": options.get_generation_parser,
+        "fairseq-eval-lm": options.get_eval_lm_parser,
     }[name]
-    words = [*map(str, arguments), "--cpu"]
+    words = [*map(str, arguments), "--cpu", "--num-workers", "0"]
+    return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser(), words))
+
+
+def in_this_process(name, config):
+    """Runs a fairseq command's own `main`; what it prints, and what it returns."""
+    main = {"fairseq-generate": generate.main, "fairseq-eval-lm": eval_lm.main}[name]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-        made = parser()
-        if name == "fairseq-eval-lm":
-            returned = module.main(as_config(options.parse_args_and_arch(made, words)))
-        else:
-            returned = module.main(options.parse_args_and_arch(made, words))
+        returned = main(copy.deepcopy(config))
     return printed.getvalue(), returned
 
 
-def as_config(args):
-    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-
-    return convert_namespace_to_omegaconf(args)
-
-
-def generate(trained, name, *arguments, shards=6):
-    """fairseq-generate in this process over a part of the fixture's sentences."""
-    text, _ = in_this_process(
+def generate_both(trained, name, *arguments, subset="test1", **enabled):
+    """fairseq-generate over the fixture's small test set, unpatched and patched; asserts that
+    every call of a layer was replaced unless `strict=False` is given.
+    """
+    config = configured(
         "fairseq-generate",
         trained / "corpus" / "data",
         "--path",
         trained / name / "model.pt",
         "--gen-subset",
-        "test",
-        "--num-shards",
-        shards,
+        subset,
         "--max-tokens",
-        "800",
-        "--num-workers",
-        "0",
+        "600",
         *arguments,
     )
-    return parse(text)
+    own = parse(in_this_process("fairseq-generate", config)[0])
+    with eet_patch.enabled(**{"strict": True, **enabled}):
+        out = parse(in_this_process("fairseq-generate", config)[0])
+        if enabled.get("strict", True):
+            assert_replaced(ENCODER)
+            assert_replaced(DECODER)
+    return own, out
 
 
-def run_command(name, *arguments, stdin=None, **environment):
+def run_command(name, *arguments, stdin=None, check=True, **environment):
     """Runs a fairseq command as a user does, in a process of its own."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), *in_place()]))
@@ -153,7 +153,9 @@ def run_command(name, *arguments, stdin=None, **environment):
         input=stdin,
         env=env,
     )
-    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr}"
+    if check:
+        said = done.stdout[-3000:] + done.stderr
+        assert done.returncode == 0, f"exit {done.returncode}\n{said}"
     return done
 
 
@@ -173,6 +175,8 @@ def run_both(tmp_path, name, *arguments, stdin=None):
 def layer_config(**changes):
     """A configuration of one layer; `encoder.`/`decoder.` keys by "encoder__embed_dim"."""
     cfg = TransformerConfig()
+    for part in ("encoder", "decoder", "quant_noise"):
+        setattr(cfg, part, getattr(cfg, part)())  # the defaults are the classes themselves
     for side in (cfg.encoder, cfg.decoder):
         side.embed_dim, side.attention_heads, side.ffn_embed_dim = 32, 4, 72
         side.normalize_before = changes.pop("normalize_before", side.normalize_before)
@@ -207,14 +211,20 @@ class Task:
     source_dictionary = target_dictionary = dictionary()
 
 
-def tiny_model(device="cpu", dtype=torch.float32, **changes):
-    """A translation model of two layers a side with random weights, ready for inference."""
+def tiny_args(**changes):
+    """A translation model's arguments as older code passes them on, flat."""
     sizes = {"layers": 2, "embed_dim": 32, "ffn_embed_dim": 72, "attention_heads": 4}
     settings = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in sizes.items()}
     settings |= {"max_source_positions": 64, "max_target_positions": 64}
     args = Namespace(**settings | changes)
     base_architecture(args)
-    return randomised(TransformerModel.build_model(args, Task)).to(device, dtype)
+    return args
+
+
+def tiny_model(device="cpu", dtype=torch.float32, **changes):
+    """A translation model of two layers a side with random weights, ready for inference."""
+    model = TransformerModel.build_model(tiny_args(**changes), Task)
+    return randomised(model).to(device, dtype)
 
 
 def batch(lengths, side, device="cpu", seed=1):
