@@ -34,7 +34,7 @@ from eet_patch.adapters.host import HostMask
 from eet_patch.gates import note_sound, still_sound
 from eet_patch.ops import blocks
 from eet_patch.ops.launch import NO_NORM, KVCache
-from eet_patch.patching import Adapter
+from eet_patch.patching import GRADIENTS_NEEDED, Adapter
 
 State = dict[str, Tensor | None]
 
@@ -211,6 +211,9 @@ def _kept_reason(attn: Any, state: State, like: Tensor) -> str | None:
             return f"the incremental state holds keys of shape {tuple(tensor.shape)}"
         if attn.head_dim > 1 and tensor.stride(3) != 1:
             return "the incremental state's head dimension is not contiguous"
+        if tensor.requires_grad and torch.is_grad_enabled():
+            # Of all that a call reads the state alone is no argument or parameter.
+            return GRADIENTS_NEEDED
     assert isinstance(key, Tensor) and isinstance(value, Tensor)
     if key.shape != value.shape:
         return "the incremental state holds keys and values of different shapes"

@@ -365,3 +365,23 @@ def test_gradients_run_the_original(device):
         out = gradients()
     assert_fell_back(DECODER, "gradients are needed", 2)
     assert all(torch.equal(a, b) for a, b in zip(out, own, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_through_the_state_alone(device):
+    """A frozen decoder behind a prompt that is being trained: only the cache needs gradients."""
+    layer = decoder_layer(device, no_encoder_attn=True).requires_grad_(False)
+    prompt = random(layer, 1, B, C).requires_grad_()
+    following = random(layer, 1, B, C, seed=5)
+
+    def gradient():
+        state = {}
+        layer(prompt, incremental_state=state)
+        out, _, _ = layer(following, incremental_state=state)
+        return torch.autograd.grad(out.square().sum(), prompt)[0]
+
+    own = gradient()
+    with eet_patch.enabled():
+        out = gradient()
+    assert_fell_back(DECODER, "gradients are needed", 2)
+    assert torch.equal(out, own)

@@ -113,6 +113,42 @@ def test_out_of_memory_leaves_the_state_to_the_original(monkeypatch, device, fun
     torch.testing.assert_close(out, own, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("first", ["eet_patch", "fairseq"])
+def test_either_may_be_imported_first(first):
+    """fairseq's modules import each other in circles; disable() gives the very methods back."""
+    lines = ["import eet_patch; eet_patch.enable()", "import fairseq.models.transformer"]
+    run_python(
+        "\n".join(lines if first == "eet_patch" else lines[::-1])
+        + """
+import torch
+from fairseq.modules import transformer_layer
+report = eet_patch.report()
+for name in ("fairseq_encoder_layer", "fairseq_decoder_layer"):
+    assert report[name].status == "applied", report[name]
+    assert report[name].host_version == "0.12.3"
+names = "TransformerEncoderLayerBase", "TransformerDecoderLayerBase"
+layers = [getattr(transformer_layer, name) for name in names]
+assert all(layer.forward.__globals__["__name__"] == "eet_patch.patching" for layer in layers)
+eet_patch.disable()
+assert all(layer.forward.__globals__ is vars(transformer_layer) for layer in layers)
+"""
+    )
+
+
+def test_an_unknown_fairseq_is_left_alone():
+    done = run_python(
+        """
+        import fairseq
+        fairseq.__version__ = "0.13.0"
+        import eet_patch
+        eet_patch.enable()
+        row = eet_patch.report()["fairseq_decoder_layer"]
+        assert row.status.startswith("not applied: fairseq 0.13.0 is not in"), row.status
+        """
+    )
+    assert done.stderr.count("leaves fairseq 0.13.0 alone") == 1
+
+
 def test_the_hub_interface(trained):
     """`from_pretrained(user_dir=...)`, translate() and sample(), as in a user's own script."""
     code = f"""
