@@ -32,6 +32,13 @@ else:
     logging.getLogger("fairseq_cli").setLevel(logging.ERROR)
 
 
+def pytest_configure(config):
+    """fairseq speaks to an older hydra, which says so in every test."""
+    for module in ("hydra", "torch.utils.data", "torch.nn.functional"):
+        config.addinivalue_line("filterwarnings", f"ignore::UserWarning:{module}")
+    config.addinivalue_line("filterwarnings", "ignore:\\s*(In )?'config':UserWarning")
+
+
 @pytest.fixture(scope="session")
 def trained():
     """The folder of the trained models and their data; two minutes if nobody has trained them
