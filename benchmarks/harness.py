@@ -48,6 +48,7 @@ KEY = (
     "fill",
     "device",
 )
+SLOW_MS = 2000.0  # calls above it are timed --slow-runs times
 BASELINE = "transformers"
 PATCHED = "eet_patch"
 Row = dict[str, str]
@@ -73,11 +74,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to run the case. `scope` is entered around the calls and is outside the clock."""
+    """A way to run the case. `scope` is entered around the calls and is outside the clock; leaving
+    a `patched` one drops the buffers and graphs that calls leave behind. Where `one_call_warms`,
+    the check's call has done all that is done once."""
 
     name: str
     call: Callable[[], Tensor]
     scope: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+    patched: bool = False
+    one_call_warms: bool = False
 
 
 @dataclass
@@ -88,16 +93,23 @@ class Measurement:
     checked: bool = False
     times_ms: list[float] = field(default_factory=list)
     peak_gb: float | None = None
+    slow: bool = False  # a call takes longer than SLOW_MS
 
 
-def patched_provider(call: Callable[[], Tensor]) -> Provider:
-    return Provider(PATCHED, call, eet_patch.enabled)
+def patched_provider(call: Callable[[], Tensor], name: str = PATCHED) -> Provider:
+    return Provider(name, call, eet_patch.enabled, patched=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch on a CPU")
     parser.add_argument("--runs", type=int, default=9, help="least number of timed runs (>= 5)")
+    parser.add_argument(
+        "--slow-runs",
+        type=int,
+        default=5,
+        help=f"the same for calls of more than {SLOW_MS / 1e3:.0f} s (>= 3)",
+    )
     parser.add_argument("--seconds", type=float, default=10.0, help="least time spent on a case")
     parser.add_argument("--only", default="", help="regular expression: cases whose title matches")
     parser.add_argument("--compile", action="store_true", help="time torch.compile as well")
@@ -108,6 +120,8 @@ def prepare(args: argparse.Namespace) -> None:
     """Apply what `add_arguments` declared to the process."""
     if args.runs < 5:
         raise SystemExit("--runs must be at least 5: a median of fewer says little")
+    if args.slow_runs < 3:
+        raise SystemExit("--slow-runs must be at least 3: fewer have no spread")
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
@@ -167,24 +181,38 @@ def check(
     provider: Provider,
     compare: Callable[[Provider, Tensor], tuple[float, bool]],
     measurement: Measurement,
+    device: str,
 ) -> None:
-    """Run the provider once and set `max_error` and `checked`; says why where the check fails."""
+    """Run the provider once and set `max_error`, `checked` and `peak_gb`; says why where the check
+    fails."""
     eet_patch.reset_report()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
     with provider.scope():
         result = provider.call().clone()  # compiled models may overwrite their last result
         targets = eet_patch.report().targets
+    if device != "cpu":
+        measurement.peak_gb = torch.cuda.max_memory_allocated(device) / 1e9
+    first = time.perf_counter() - started
+    # A first guess, which the first timed call puts right.
+    measurement.slow = provider.one_call_warms and first * 1e3 > SLOW_MS
     measurement.max_error, measurement.checked = compare(provider, result)
     if not measurement.checked:
         print(
             f"  {provider.name}: wrong result, error {measurement.max_error:.1e}", file=sys.stderr
         )
-    if provider.name == PATCHED:
+    if provider.patched:
         for target in targets:
             for reason, count in target.fallbacks.items():
                 print(f"  {target.name}: {count} calls fell back: {reason}", file=sys.stderr)
         if not any(target.replaced for target in targets):
             print("  eet_patch replaced nothing: the row does not count", file=sys.stderr)
             measurement.checked = False
+    print(
+        f"  {provider.name}: first call {first:.2f} s, error {measurement.max_error:.1e}",
+        flush=True,
+    )
 
 
 def clock(call: Callable[[], Tensor], device: str) -> float:
@@ -206,30 +234,44 @@ def measure(
     """Check each provider, then time all of them in turns, so that a drift of the machine hits all.
 
     A turn is one call that isn't timed (entering a scope may have dropped buffers or captured
-    graphs) and a few that are. The order of the providers changes from round to round.
+    graphs) and a few that are; a slow provider whose scope drops nothing warms up once alone, by
+    the check if one call is enough. The order of the providers changes from round to round.
     """
     found = {provider.name: Measurement() for provider in providers}
     for provider in providers:
-        check(provider, compare, found[provider.name])
-        if args.device != "cpu":
-            with provider.scope():
-                torch.cuda.reset_peak_memory_stats(args.device)
-                provider.call()
-                peak = torch.cuda.max_memory_allocated(args.device)
-            found[provider.name].peak_gb = peak / 1e9
+        check(provider, compare, found[provider.name], args.device)
     started, rounds, order = time.perf_counter(), 0, list(providers)
+    turns = 3 if len(providers) > 1 else 1
     while True:
         for provider in order:
-            times = found[provider.name].times_ms
+            measurement = found[provider.name]
+            if measurement.slow and len(measurement.times_ms) >= args.slow_runs:
+                continue
             with provider.scope():
-                first = clock(provider.call, args.device)
-                calls = 2 if first > 500 else 5
-                times.extend(clock(provider.call, args.device) for _ in range(calls))
+                if provider.patched or not measurement.slow:
+                    first = clock(provider.call, args.device)
+                    measurement.slow = first > SLOW_MS
+                if measurement.slow:
+                    calls = -(-args.slow_runs // turns)
+                else:
+                    calls = max(2 if first > 500 else 5, -(-args.runs // turns))
+                for _ in range(calls):
+                    measurement.times_ms.append(clock(provider.call, args.device))
+                measurement.slow = measurement.times_ms[-1] > SLOW_MS
         rounds += 1
         order.reverse()
-        least = min(len(measurement.times_ms) for measurement in found.values())
-        if least >= args.runs and rounds >= 3 and time.perf_counter() - started >= args.seconds:
-            return found
+        enough = all(
+            len(measurement.times_ms) >= (args.slow_runs if measurement.slow else args.runs)
+            for measurement in found.values()
+        )
+        if enough and rounds >= turns and time.perf_counter() - started >= args.seconds:
+            break
+        if enough and all(measurement.slow for measurement in found.values()):
+            break
+    for name, measurement in found.items():
+        times = measurement.times_ms
+        print(f"  {name}: {len(times)} calls, median {statistics.median(times):.3g} ms", flush=True)
+    return found
 
 
 # --- floors --------------------------------------------------------------------------------------
@@ -331,9 +373,10 @@ def number(value: float | None) -> str:
 
 
 def make_rows(
-    case: Case, found: dict[str, Measurement], floor_ms: float, device: str, per: int = 1
+    case: Case, found: dict[str, Measurement], floor_ms: float | None, device: str, per: int = 1
 ) -> list[Row]:
-    """One row a provider. `per` divides the times: new tokens, or 1 for a whole call."""
+    """One row a provider. `per` divides the times: new tokens, or 1 for a whole call. `floor_ms`
+    is None where nothing tells how fast the work could be."""
     rows = []
     for provider, measurement in found.items():
         times = [value / per for value in measurement.times_ms]
@@ -353,7 +396,7 @@ def make_rows(
                 "p20_ms": number(p20),
                 "p80_ms": number(p80),
                 "floor_ms": number(floor_ms),
-                "ratio_to_floor": f"{median / floor_ms:.2f}",
+                "ratio_to_floor": "" if floor_ms is None else f"{median / floor_ms:.2f}",
                 "peak_gb": number(measurement.peak_gb),
                 "max_error": f"{measurement.max_error:.1e}",
                 "checked": str(measurement.checked).lower(),

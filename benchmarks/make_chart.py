@@ -10,13 +10,15 @@ import argparse
 from pathlib import Path
 
 import matplotlib
-from harness import BASELINE, ROOT, Row, slug
+from harness import BASELINE, PATCHED, ROOT, Row, slug
 from make_table import TITLES, UNITS, by_work, load, milliseconds
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot  # noqa: E402
 
-COLOURS = dict(zip(TITLES, ("#9aa5b1", "#c9a227", "#cbd2d9", "#7b8794", "#2f6fde"), strict=True))
+OTHERS = ("#9aa5b1", "#7b8794", "#cbd2d9", "#b8a9c9", "#c9a227", "#8fb996")
+COLOURS = dict(zip([name for name in TITLES if name != PATCHED], OTHERS, strict=True))
+COLOURS[PATCHED] = "#2f6fde"
 
 
 def label(work: tuple[str, ...]) -> str:

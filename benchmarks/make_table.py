@@ -12,15 +12,28 @@ import re
 import sys
 from pathlib import Path
 
+import gpt2_context
 from harness import BASELINE, PATCHED, RESULTS, ROOT, Row, read_rows
 
 TITLES = {
     BASELINE: "transformers",
+    "transformers-eager": "transformers, eager",
+    "transformers-flash": "transformers, sdpa by flash",
+    "transformers-cudnn": "transformers, sdpa by cuDNN",
     "torch_compile": "torch.compile",
     "transformers-static-compile": "transformers, static cache compiled",
     PATCHED: "eet_patch",
 }
-UNITS = {"bert_encode": "ms a batch", "gpt2_generate": "ms a token"}
+UNITS = {
+    "bert_encode": "ms a batch",
+    "gpt2_generate": "ms a token",
+    "gpt2_context": "ms a token",
+    "gpt2_prefill": "ms a call",
+    "gpt2_options": "ms a token",
+    "gpt2_first_call": "ms",
+}
+# Columns of one benchmark alone: what others published for the work of a row.
+QUOTED = {"gpt2_context": ("EET's own ratio, A100, PyTorch of 2021", gpt2_context.published)}
 MARKER = re.compile(
     r"(<!-- benchmark:(?P<name>[\w:]+) -->\n).*?(<!-- /benchmark:(?P=name) -->)", re.S
 )
@@ -70,7 +83,12 @@ def table(rows: list[Row]) -> str:
     tokens = "prompt + new tokens" if generates else "tokens (real)"
     header = ["model", "dtype", "batch", tokens]
     header += [f"{TITLES[name]}, {unit}" for name in providers]
-    header += ["speed-up", f"floor, {unit}"]
+    others = [name for name in providers if name not in (BASELINE, PATCHED)]
+    compared = BASELINE in providers
+    header += ["speed-up"] if compared else []
+    header += ["over the best other"] if others else []
+    header += [f"floor, {unit}"]
+    header += [QUOTED[case][0]] if case in QUOTED else []
     lines = [header, ["---"] * 4 + ["---:"] * (len(header) - 4)]
     for (model, dtype, batch, seq_len, new_tokens, fill), found in by_work(rows).items():
         length = f"{seq_len} + {new_tokens}" if generates else f"{seq_len} ({float(fill):.0%})"
@@ -79,8 +97,15 @@ def table(rows: list[Row]) -> str:
         if BASELINE in found and PATCHED in found:
             ratio = float(found[BASELINE]["median_ms"]) / float(found[PATCHED]["median_ms"])
             speed_up = f"{ratio:.2f}x"
-        floor = milliseconds(next(iter(found.values()))["floor_ms"])
-        lines.append([model, dtype, batch, length, *times, speed_up, floor])
+        ratios = [speed_up] if compared else []
+        if others:
+            best = min((float(found[p]["median_ms"]) for p in found if p != PATCHED), default=0.0)
+            known = best and PATCHED in found
+            ratios.append(f"{best / float(found[PATCHED]['median_ms']):.2f}x" if known else "–")
+        first = next(iter(found.values()))
+        floor = milliseconds(first["floor_ms"]) if first["floor_ms"] else "–"
+        quoted = [QUOTED[case][1](first)] if case in QUOTED else []
+        lines.append([model, dtype, batch, length, *times, *ratios, floor, *quoted])
     body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"{', '.join(facts)}; medians. `python benchmarks/{case}.py`\n\n{body}\n"
 

@@ -90,6 +90,7 @@ void graph_launch(Address graph, int device, Address stream) {
     const DeviceGuard guard(device);
     error = cudaGraphLaunch(static_cast<cudaGraphExec_t>(ptr(graph)),
                             static_cast<cudaStream_t>(ptr(stream)));
+    if (error != cudaSuccess) (void)cudaGetLastError();  // the caller goes on without the graph
   }
   raise("graph_launch", {static_cast<int>(error)});
 }

@@ -1,5 +1,5 @@
-// The bound functions of select_token and top_candidates. On the CPU eet_patch/ops/selection.py
-// does their work, so they take CUDA devices only.
+// The bound functions of select_token, top_candidates and beam_step. On the CPU
+// eet_patch/ops/torch_selection.py does their work, so they take CUDA devices only.
 #include "bindings_common.h"
 
 namespace eet_patch {
@@ -110,10 +110,58 @@ int64_t top_candidates_workspace_bytes(int64_t rows) {
   return EET_CUDA_BYTES(top_candidates_workspace_bytes(args));
 }
 
+void beam_step(Address scores, Address candidate_tokens, Address running_scores, Address generated,
+               Address tokens, int64_t tokens_stride, Address input_ids, Address position_ids,
+               Address lengths, Address key_rows, Address seen, Address ended_scores,
+               Address ended_tokens, Address ended_lengths, Address ended_indices,
+               Address has_ended, Address improvable, Address outlook, Address top_scores,
+               Address top_parents, Address limit, Address length_penalties, Address eos_token_ids,
+               int64_t batch, int64_t num_beams, int64_t num_sources, int64_t per_beam,
+               int64_t kept, int64_t capacity, int64_t max_steps, int64_t seen_words,
+               int64_t num_eos, bool stop_when_full, int device, Address stream, int num_threads) {
+  BeamStepArgs args{};
+  args.scores = at<const float>(scores);
+  args.candidate_tokens = at<const int32_t>(candidate_tokens);
+  args.running_scores = at<float>(running_scores);
+  args.generated = at<int32_t>(generated);
+  args.tokens = at<int64_t>(tokens);
+  args.tokens_stride = tokens_stride;
+  args.input_ids = at<int64_t>(input_ids);
+  args.position_ids = at<int64_t>(position_ids);
+  args.lengths = at<int32_t>(lengths);
+  args.key_rows = at<int32_t>(key_rows);
+  args.seen = at<uint32_t>(seen);
+  args.ended_scores = at<float>(ended_scores);
+  args.ended_tokens = at<int32_t>(ended_tokens);
+  args.ended_lengths = at<int32_t>(ended_lengths);
+  args.ended_indices = at<int32_t>(ended_indices);
+  args.has_ended = at<uint8_t>(has_ended);
+  args.improvable = at<uint8_t>(improvable);
+  args.outlook = at<uint8_t>(outlook);
+  args.top_scores = at<float>(top_scores);
+  args.top_parents = at<int32_t>(top_parents);
+  args.limit = at<const int32_t>(limit);
+  args.length_penalties = at<const float>(length_penalties);
+  args.eos_token_ids = index_ptr(eos_token_ids);
+  args.batch = batch;
+  args.num_beams = num_beams;
+  args.num_sources = num_sources;
+  args.per_beam = per_beam;
+  args.kept = kept;
+  args.capacity = capacity;
+  args.max_steps = max_steps;
+  args.seen_words = seen_words;
+  args.num_eos = num_eos;
+  args.stop_when_full = stop_when_full;
+  run<BeamStepArgs>("beam_step", &not_on_cpu<BeamStepArgs>, EET_CUDA_ONLY(beam_step), args, device,
+                    stream, num_threads);
+}
+
 }  // namespace
 
 void bind_select(py::module_& m) {
   m.attr("MAX_CANDIDATES") = kMaxCandidates;
+  m.attr("MAX_BEAMS") = kMaxBeams;
 #define A(name) py::arg(#name)
 #define EET_TAIL A(dtype), A(device), A(stream), A(num_threads)
   m.def("select_token", &select_token, A(logits), A(logits_stride), A(slots), A(tokens),
@@ -128,6 +176,13 @@ void bind_select(py::module_& m) {
         A(rows), A(vocab_size), A(num_eos), A(num_suppressed), A(min_len), A(count),
         A(repetition_penalty), A(workspace), A(workspace_bytes), EET_TAIL);
   m.def("top_candidates_workspace_bytes", &top_candidates_workspace_bytes, A(rows));
+  m.def("beam_step", &beam_step, A(scores), A(candidate_tokens), A(running_scores), A(generated),
+        A(tokens), A(tokens_stride), A(input_ids), A(position_ids), A(lengths), A(key_rows),
+        A(seen), A(ended_scores), A(ended_tokens), A(ended_lengths), A(ended_indices), A(has_ended),
+        A(improvable), A(outlook), A(top_scores), A(top_parents), A(limit), A(length_penalties),
+        A(eos_token_ids), A(batch), A(num_beams), A(num_sources), A(per_beam), A(kept), A(capacity),
+        A(max_steps), A(seen_words), A(num_eos), A(stop_when_full), A(device), A(stream),
+        A(num_threads));
 #undef EET_TAIL
 #undef A
 }

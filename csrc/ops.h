@@ -274,6 +274,55 @@ struct TopCandidatesArgs {
 };
 constexpr int64_t kMaxCandidates = 64;  // of a row
 
+// One step of beam search: of every batch row's candidates the `kept` best, of those the num_beams
+// to go on with, and the num_beams best sequences that have ended. Row r is beam r % num_beams of
+// batch row r / num_beams. Equal scores keep the order of the candidates; NaN is above all.
+//
+// No sequence is moved. tokens[r, g] is what row r got in step g, and key_rows, which says where
+// the past of a row stands, tells whose tokens the row goes on from: before the step, column
+// first + i, with first = lengths[r] - generated[r], holds the row that step i of r's sequence went
+// on from, for i < generated[r]. The step puts those columns in the order of the running beams and
+// writes column lengths[r].
+//
+// In a step that reaches `limit` all candidates end: the running beams stay as they are, and
+// top_scores and top_parents say what could have gone on. Once a step has left the batch with
+// nothing to do (an `outlook` whose bits, of all batch rows together, are not kBeamsGoOn), further
+// calls change nothing.
+struct BeamStepArgs {
+  const float* scores;              // (batch, num_sources, per_beam), a beam's largest first
+  const int32_t* candidate_tokens;  // as scores
+  float* running_scores;            // (rows,)
+  int32_t* generated;               // (rows,): how many steps there were, + 1; the same in all rows
+  int64_t* tokens;                  // (rows, >= limit), rows tokens_stride apart
+  int64_t tokens_stride;
+  int64_t* input_ids;      // (rows,): the new token
+  int64_t* position_ids;   // (rows,): + 1
+  int32_t* lengths;        // (rows,): + 1
+  int32_t* key_rows;       // (rows, capacity); lengths[r] < capacity
+  uint32_t* seen;          // (rows, seen_words) a bit a token, moved with the beams and the new
+                           // token's bit set; or null
+  float* ended_scores;     // (rows,), as all `ended_...` and has_ended the best first
+  int32_t* ended_tokens;   // (rows,) the last token
+  int32_t* ended_lengths;  // (rows,) steps
+  int32_t* ended_indices;  // (rows, max_steps): the row that each step went on from
+  uint8_t* has_ended;      // (rows,) 0 or 1; what has not ended only fills the place
+  uint8_t* improvable;     // (batch,) 0 or 1: a running beam may still beat an ended one
+  uint8_t* outlook;        // (max_steps, batch): after each step
+  float* top_scores;       // (batch, kept): the best candidates
+  int32_t* top_parents;    // (batch, kept): the beams that they go on from
+  const int32_t* limit;    // (1,) steps at most, <= max_steps
+  // (2, max_steps): what the score of a sequence that ends in a step is divided by, and what a
+  // running beam's is to tell whether it may still win.
+  const float* length_penalties;
+  const int64_t* eos_token_ids;  // (num_eos,)
+  int64_t batch, num_beams, num_sources, per_beam, kept, capacity, max_steps, seen_words, num_eos;
+  bool stop_when_full;  // a batch row with num_beams ended sequences takes no more
+};
+constexpr int64_t kMaxBeams = 32;
+// Bits of `outlook`: a running beam may still win, one may go on, a place for one that ends is
+// free. Only stop_when_full ever clears the last.
+constexpr int kImprovable = 1, kContinuable = 2, kOpen = 4, kBeamsGoOn = 7;
+
 #define EET_DECLARE_OPS                                                                          \
   Status embedding(const EmbeddingArgs& args, const Context& context);                           \
   Status layernorm(const LayerNormArgs& args, const Context& context);                           \
@@ -297,9 +346,10 @@ const char* capability();  // "avx512", "avx2" or "portable": what the dispatch 
 
 namespace cuda {
 EET_DECLARE_OPS
-// On the CPU these are torch's (eet_patch/ops/selection.py).
+// On the CPU these are torch's (eet_patch/ops/selection.py, beam_selection.py).
 Status select_token(const SelectTokenArgs& args, const Context& context);
 Status top_candidates(const TopCandidatesArgs& args, const Context& context);
+Status beam_step(const BeamStepArgs& args, const Context& context);
 int64_t select_token_workspace_bytes(const SelectTokenArgs& args);
 int64_t top_candidates_workspace_bytes(const TopCandidatesArgs& args);
 }  // namespace cuda

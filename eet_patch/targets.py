@@ -4,14 +4,19 @@ shape is one row.
 
 from __future__ import annotations
 
+from functools import partial
+
 from eet_patch.adapters import (
+    beam_search,
     bert,
     fairseq_decoder,
     fairseq_encoder,
     gpt2,
-    gpt2_beam,
     gpt2_lm_head,
-    gpt2_sample,
+    gpt_bigcode,
+    gpt_neo,
+    opt,
+    sample,
 )
 from eet_patch.patching import PatchTarget
 
@@ -32,6 +37,12 @@ _BERT_FAMILY = {
 }
 _FILES = {"data2vec": "modeling_data2vec_text"}
 
+_LOOPS = {
+    "gpt2": ("GPT2LMHeadModel", gpt2.LOOP),
+    "opt": ("OPTForCausalLM", opt.LOOP),
+    "gpt_neo": ("GPTNeoForCausalLM", gpt_neo.LOOP),
+}
+
 TARGETS: tuple[PatchTarget, ...] = (
     *(
         PatchTarget(
@@ -51,27 +62,44 @@ TARGETS: tuple[PatchTarget, ...] = (
         adapter=gpt2.adapter,
     ),
     PatchTarget(
+        name="decision_transformer_block",
+        module="transformers.models.decision_transformer.modeling_decision_transformer",
+        attribute="DecisionTransformerGPT2Block.forward",
+        requires=TRANSFORMERS,
+        adapter=gpt2.adapter,
+    ),
+    *(
+        PatchTarget(
+            name=name,
+            module=f"transformers.models.{folder}.modeling_{folder}",
+            attribute=f"{cls}.forward",
+            requires=TRANSFORMERS,
+            adapter=adapter,
+        )
+        for name, folder, cls, adapter in (
+            ("opt_layer", "opt", "OPTDecoderLayer", opt.adapter),
+            ("gpt_neo_block", "gpt_neo", "GPTNeoBlock", gpt_neo.adapter),
+            ("gpt_bigcode_block", "gpt_bigcode", "GPTBigCodeBlock", gpt_bigcode.adapter),
+        )
+    ),
+    PatchTarget(
         name="gpt2_lm_head",
         module="transformers.models.gpt2.modeling_gpt2",
         attribute="GPT2LMHeadModel.forward",
         requires=TRANSFORMERS,
         adapter=gpt2_lm_head.adapter,
     ),
-    PatchTarget(
-        name="gpt2_sample",
-        module="transformers.models.gpt2.modeling_gpt2",
-        attribute="GPT2LMHeadModel._sample",
-        requires=TRANSFORMERS,
-        adapter=gpt2_sample.adapter,
-        level="loop",
-    ),
-    PatchTarget(
-        name="gpt2_beam_search",
-        module="transformers.models.gpt2.modeling_gpt2",
-        attribute="GPT2LMHeadModel._beam_search",
-        requires=TRANSFORMERS,
-        adapter=gpt2_beam.adapter,
-        level="loop",
+    *(
+        PatchTarget(
+            name=f"{folder}_{search.removeprefix('_')}",
+            module=f"transformers.models.{folder}.modeling_{folder}",
+            attribute=f"{cls}.{search}",
+            requires=TRANSFORMERS,
+            adapter=partial(loop.adapter, kind),
+            level="loop",
+        )
+        for folder, (cls, kind) in _LOOPS.items()
+        for search, loop in (("_sample", sample), ("_beam_search", beam_search))
     ),
     PatchTarget(
         name="fairseq_encoder_layer",

@@ -51,7 +51,8 @@ def randomised(model, seed=0):
                 parameter.add_(0.2 * noise)
             else:
                 # Positions weigh most: else a tied head repeats its last token for ever.
-                scale = 4.0 if "wpe" in name or "position_embeddings" in name else 1.2
+                positions = ("wpe", "position_embeddings", "embed_positions")
+                scale = 4.0 if any(part in name for part in positions) else 1.2
                 parameter.copy_(scale * noise / parameter.shape[-1] ** 0.5)
     return model.eval()
 
@@ -110,6 +111,54 @@ def gpt2_config(**changes):
 def tiny_gpt2(device="cpu", dtype=torch.float32, head="LMHeadModel", seed=0, **changes):
     model = getattr(transformers, f"GPT2{head}")(gpt2_config(**changes))
     return randomised(model, seed).to(device, dtype)
+
+
+# Decoders other than GPT-2 -> (prefix of the class of the model, name of its target, settings).
+_SIZES = {"vocab_size": 500, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+_GPT = {"n_embd": 48, "n_layer": NUM_LAYERS, "n_head": 4, "n_positions": 256}
+_OPT = {
+    "hidden_size": 48,
+    "word_embed_proj_dim": 48,
+    "ffn_dim": 100,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+_NEO = {
+    "hidden_size": 48,
+    "num_layers": NUM_LAYERS,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 1]],
+    "max_position_embeddings": 256,
+}
+DECODERS = {
+    "opt": ("OPT", "opt_layer", _OPT),
+    "opt_post_norm": ("OPT", "opt_layer", _OPT | {"do_layer_norm_before": False}),
+    "gpt_neo": ("GPTNeo", "gpt_neo_block", _NEO | {"window_size": 6}),
+    "gpt_neo_within_window": ("GPTNeo", "gpt_neo_block", _NEO | {"window_size": 256}),
+    "gpt_bigcode": ("GPTBigCode", "gpt_bigcode_block", _GPT),
+    "gpt_bigcode_all_heads": ("GPTBigCode", "gpt_bigcode_block", _GPT | {"multi_query": False}),
+}
+
+
+def decoder_config(kind, **changes):
+    prefix, _, settings = DECODERS[kind]
+    implementation = "eager" if prefix == "GPTNeo" else "sdpa"
+    settings = _SIZES | {"attn_implementation": implementation} | settings | changes
+    return getattr(transformers, f"{prefix}Config")(**settings)
+
+
+def tiny_decoder(kind, device="cpu", dtype=torch.float32, head="ForCausalLM", seed=0, **changes):
+    model = getattr(transformers, DECODERS[kind][0] + head)(decoder_config(kind, **changes))
+    return randomised(model, seed).to(device, dtype)
+
+
+def layers_of(model):
+    """The layers of any of these models, with a head or without."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList):
+            return module
+    raise ValueError(f"{type(model).__name__} has no layers")
 
 
 def minilm_path():

@@ -4,7 +4,8 @@
 #   bash integration_tests/run_gpu.sh [summary file] [directory of logs]
 #
 # Needs python3 with torch, transformers, pytest, pybind11, wrapt; nvcc and compute-sanitizer on the PATH.
-# EET_TEST_WORKERS sets the number of pytest processes where pytest-xdist is there.
+# EET_TEST_WORKERS sets the number of pytest processes where pytest-xdist is there; EET_TEST_PARTS
+# names what is run, for machines that are lent for a few minutes: "ops end_to_end at_size sanitize".
 set -uo pipefail
 cd "$(dirname "$0")/.."
 summary=${1:-gpu_tests.txt}
@@ -14,6 +15,11 @@ summary=$(realpath -m "$summary")
 export PATH="$PATH:/usr/local/cuda/bin" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 failed=0
+parts=" ${EET_TEST_PARTS:-ops end_to_end at_size sanitize} "
+# Tests that fill the GPU, or limit its memory: one after the other, with nothing beside them.
+alone=(generation/test_answers_at_size.py generation/test_large.py generation/test_stress.py)
+
+wanted() { [[ $parts == *" $1 "* ]]; }
 
 EET_CUDA=1 EET_CUDA_ARCHS=native python3 setup.py -q build_ext --inplace > "$logs/build.log" 2>&1 \
   || { tail -40 "$logs/build.log"; exit 1; }
@@ -60,9 +66,16 @@ print(f"{torch.cuda.get_device_name(0)}, sm_{''.join(map(str, torch.cuda.get_dev
 print(f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}")
 print("extension:", extension().build_info())
 PY
-  tests ops ops
-  tests end_to_end patching transformers generation
-  if command -v compute-sanitizer > /dev/null; then
+  wanted ops && tests ops ops
+  wanted end_to_end && tests end_to_end patching transformers generation "${alone[@]/#/--ignore=}"
+  parallel=()
+  wanted at_size && for file in "${alone[@]}"; do
+    name=$(basename "$file" .py)
+    tests "${name#test_}" "$file" --durations=5
+  done
+  if ! wanted sanitize; then
+    echo "compute-sanitizer not asked for"
+  elif command -v compute-sanitizer > /dev/null; then
     memcheck
     nvcc -std=c++17 -O2 -Icsrc -arch=native integration_tests/sanitize_kernels.cu \
       $(find build -path '*cuda/*.cuda.o') -o "$logs/sanitize_kernels" || failed=1

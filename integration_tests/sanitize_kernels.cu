@@ -39,13 +39,22 @@ void require(cudaError_t error, const char* what) {
 }
 
 template <typename Args>
+auto dtype_of(const Args& args, int) -> decltype(static_cast<int>(args.dtype)) {
+  return static_cast<int>(args.dtype);
+}
+template <typename Args>
+int dtype_of(const Args&, long) {
+  return -1;  // an op over one type
+}
+
+template <typename Args>
 void call(const char* name, Status (*op)(const Args&, const Context&), const Args& args) {
   const Status status = op(args, Context());
   const cudaError_t error = cudaDeviceSynchronize();
   ++calls;
   if (status.ok() && error == cudaSuccess) return;
   ++errors;
-  std::printf("%s, dtype %d: status %d, then %s\n", name, static_cast<int>(args.dtype), status.code,
+  std::printf("%s, dtype %d: status %d, then %s\n", name, dtype_of(args, 0), status.code,
               cudaGetErrorString(error));
 }
 
@@ -373,7 +382,67 @@ void run_select_token(DType dtype, int rows, int64_t vocab_size, bool sample, in
   call("top_candidates", cuda::top_candidates, candidates);
 }
 
+// A search from its first step to one behind its last.
+void run_beam_step(int64_t batch, int64_t num_beams, int64_t kept, bool stop_when_full) {
+  constexpr int64_t kLimit = 5, kContext = 3;
+  const int64_t rows = batch * num_beams;
+  Operands memory(DType::kFloat32);
+  const auto filled = [&](auto value, int64_t count) {
+    return memory.values(std::vector<decltype(value)>(count, value));
+  };
+  std::vector<float> scores(rows * kept);
+  std::vector<int32_t> tokens(rows * kept), key_rows(rows * (kContext + kLimit));
+  for (int64_t i = 0; i < rows * kept; ++i) {
+    scores[i] = -0.25f * (i % kept) - 0.01f * (i / kept);
+    tokens[i] = static_cast<int32_t>(i * 7 % 100);
+  }
+  BeamStepArgs args = {};
+  args.scores = memory.values(scores);
+  args.candidate_tokens = memory.values(tokens);
+  args.running_scores = filled(0.0f, rows);
+  args.generated = filled(int32_t{0}, rows);
+  args.tokens = filled(int64_t{0}, rows * kLimit);
+  args.tokens_stride = kLimit;
+  args.input_ids = filled(int64_t{0}, rows);
+  args.position_ids = filled(int64_t{0}, rows);
+  args.lengths = filled(int32_t{kContext - 1}, rows);
+  args.key_rows = memory.values(key_rows);
+  args.seen_words = 4;
+  args.seen = filled(uint32_t{1}, rows * args.seen_words);
+  args.ended_scores = filled(-1e9f, rows);
+  args.ended_tokens = filled(int32_t{0}, rows);
+  args.ended_lengths = filled(int32_t{0}, rows);
+  args.ended_indices = filled(int32_t{0}, rows * kLimit);
+  args.has_ended = filled(uint8_t{0}, rows);
+  args.improvable = filled(uint8_t{1}, batch);
+  args.outlook = filled(uint8_t{0}, kLimit * batch);
+  args.top_scores = filled(0.0f, batch * kept);
+  args.top_parents = filled(int32_t{0}, batch * kept);
+  args.limit = filled(int32_t{kLimit}, 1);
+  args.length_penalties = filled(1.5f, 2 * kLimit);
+  args.eos_token_ids = memory.integers({7, 14});
+  args.num_eos = 2;
+  args.batch = batch;
+  args.num_beams = num_beams;
+  args.per_beam = args.kept = kept;
+  args.capacity = kContext + kLimit;
+  args.max_steps = kLimit;
+  args.stop_when_full = stop_when_full;
+  for (int64_t step = 0; step <= kLimit; ++step) {
+    args.num_sources = step == 0 ? 1 : num_beams;
+    call("beam_step", cuda::beam_step, args);
+  }
+}
+
 void run_all_generation(DType dtype, bool small) {
+  if (dtype == DType::kFloat32) {
+    for (bool stop_when_full : {false, true}) {
+      run_beam_step(1, 1, 2, stop_when_full);
+      run_beam_step(4, 4, 8, stop_when_full);
+      run_beam_step(3, 7, 21, stop_when_full);
+      run_beam_step(2, 32, 64, stop_when_full);
+    }
+  }
   for (int rows : {1, 3, 8, 16, 33})
     for (bool in_out : {true, false})
       for (bool scattered : {false, true}) {

@@ -20,4 +20,20 @@ __device__ __forceinline__ float activate(float x, Activation activation) {
   }
 }
 
+// The same in few instructions, right to about 1e-6: for results that are rounded to 16 bits.
+__device__ __forceinline__ float activate_fast(float x, Activation activation) {
+  constexpr float kLog2e = 1.4426950408889634f;
+  float exponent;
+  if (activation == Activation::kGeluTanh) {  // 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2 u))
+    exponent = -2.0f * kLog2e * 0.7978845608028654f * fmaf(0.044715f * x * x, x, x);
+  } else if (activation == Activation::kSilu) {
+    exponent = -kLog2e * x;
+  } else {
+    return activate(x, activation);
+  }
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+  return power > 1e30f ? -0.0f : __fdividef(x, 1.0f + power);
+}
+
 }  // namespace eet_patch::cuda

@@ -2,6 +2,7 @@
 // need instead.
 #pragma once
 
+#include "common/cluster.cuh"
 #include "common/convert.cuh"
 #include "common/reduce.cuh"
 
@@ -88,38 +89,47 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], uint3
 #endif
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8
 // (16-byte aligned).
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  ldmatrix_x4(r, shared_address(row));
+}
 
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  ldmatrix_x4_trans(r, shared_address(row));
+}
+
+__device__ __forceinline__ void store_shared(uint32_t target, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(target), "f"(value) : "memory");
 }
 
 // Copies 16 bytes to shared memory, or writes zeros where `valid` is false (`source` is not read
 // then).
-__device__ __forceinline__ void copy_async_16(void* target, const void* source, bool valid) {
+__device__ __forceinline__ void copy_async_16(uint32_t target, const void* source, bool valid) {
 #if __CUDA_ARCH__ >= 800
   const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)),
-               "l"(source), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(bytes)
                : "memory");
 #else
-  *static_cast<uint4*>(target) =
+  *static_cast<uint4*>(__cvta_shared_to_generic(target)) =
       valid ? *static_cast<const uint4*>(source) : make_uint4(0, 0, 0, 0);
 #endif
+}
+__device__ __forceinline__ void copy_async_16(void* target, const void* source, bool valid) {
+  copy_async_16(shared_address(target), source, valid);
 }
 
 __device__ __forceinline__ void copy_async_commit() {

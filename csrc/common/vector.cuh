@@ -71,6 +71,14 @@ __device__ __forceinline__ uint4 load_cache(const void* source) {
   return value;
 }
 
+// One 16-bit element that another multiprocessor may just have written: never from L1.
+template <typename T>
+__device__ __forceinline__ T load_fresh(const T* source) {
+  static_assert(sizeof(T) == 2);
+  const unsigned short bits = __ldcg(reinterpret_cast<const unsigned short*>(source));
+  return reinterpret_cast<const T&>(bits);
+}
+
 inline bool is_aligned(const void* address) {
   return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0;
 }

@@ -128,7 +128,7 @@ cudaError_t launch_attention_block(const AttentionBlockArgs& args, cudaStream_t 
   qkv.num_weights = args.num_qkv_weights;
   qkv.in_out = args.in_out;
   qkv.dtype = args.dtype;
-  cudaError_t error = launch_linear<T>(qkv, stream, false);
+  cudaError_t error = launch_linear<T>(qkv, stream, LinearChain());
   if (error == cudaSuccess && args.key_cache != nullptr) {
     error = launch_cache_write<T>(args, reinterpret_cast<const T*>(workspace), stream);
   }
@@ -148,7 +148,7 @@ cudaError_t launch_attention_block(const AttentionBlockArgs& args, cudaStream_t 
   projection.num_weights = 1;
   projection.in_out = args.in_out;
   projection.dtype = args.dtype;
-  if (error == cudaSuccess) error = launch_linear<T>(projection, stream, true);
+  if (error == cudaSuccess) error = launch_linear<T>(projection, stream, LinearChain{true});
 
   if (error == cudaSuccess && args.norm == NormPlacement::kPost) {
     BiasResidualLayerNormArgs norm = {};

@@ -28,7 +28,7 @@ cudaError_t launch_ffn(const FfnArgs& args, cudaStream_t stream) {
   first.in_out = args.in_out;
   first.activation = args.activation;
   first.dtype = args.dtype;
-  cudaError_t error = launch_linear<T>(first, stream, false);
+  cudaError_t error = launch_linear<T>(first, stream, LinearChain());
 
   LinearArgs second = {};
   second.out = args.out;
@@ -42,7 +42,7 @@ cudaError_t launch_ffn(const FfnArgs& args, cudaStream_t stream) {
   second.num_weights = 1;
   second.in_out = args.in_out;
   second.dtype = args.dtype;
-  if (error == cudaSuccess) error = launch_linear<T>(second, stream, true);
+  if (error == cudaSuccess) error = launch_linear<T>(second, stream, LinearChain{true});
 
   if (error == cudaSuccess && args.norm == NormPlacement::kPost) {
     BiasResidualLayerNormArgs norm = {};

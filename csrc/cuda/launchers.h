@@ -13,8 +13,22 @@ template <typename T>
 cudaError_t launch_layernorm(const BiasResidualLayerNormArgs& args, cudaStream_t stream,
                              bool chained);
 
+// What a chain of products passes on beside its tensors. Statistics for a fused layer norm: a
+// product leaves mean and sum of squared deviations of every kNormTile columns of a row
+// (out_partials, (rows, norm_tiles(out_features))), the next one merges them instead of reading
+// whole rows. Both must be products that `linear_takes_partials` says yes to.
+struct LinearChain {
+  bool chained = false;
+  bool release_late = false;  // the launch after this reads, before it waits, what was written by
+                              // launches before this one
+  const float2* norm_partials = nullptr;
+  float2* out_partials = nullptr;
+};
+bool linear_takes_partials(const LinearArgs& args);
+int64_t norm_tiles(int64_t features);
+
 template <typename T>
-cudaError_t launch_linear(const LinearArgs& args, cudaStream_t stream, bool chained);
+cudaError_t launch_linear(const LinearArgs& args, cudaStream_t stream, const LinearChain& chain);
 
 template <typename T>
 cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream, bool chained);

@@ -1,11 +1,12 @@
 // Products of few rows with a weight in place, in either order, up to three weights side by side,
 // with layer norm before and bias, activation and residual after. fp16 and bf16 of aligned sizes go
-// to the tensor core kernel of linear_mma.cuh; fp32 (never TF32) and sizes that 16-byte loads
-// cannot serve go to the two plain FMA kernels here.
+// to the tensor core kernels of linear_stream.cuh and, before sm_90, linear_mma.cuh; fp32 (never
+// TF32) and sizes that 16-byte loads cannot serve go to the two plain FMA kernels here.
 #include <algorithm>
 
 #include "cuda/launchers.h"
 #include "cuda/linear_mma.cuh"
+#include "cuda/linear_stream.cuh"
 
 namespace eet_patch::cuda {
 namespace {
@@ -14,6 +15,9 @@ constexpr int kRowBlock = 8;  // rows of the batch that share one pass over the 
 constexpr int kPlainWarps = 8;
 constexpr int kInOutWarps = 16;
 constexpr int kReservedShared = 2048;  // the driver's share of a block, and the static arrays
+constexpr int kBlocksPerMultiprocessor =
+    2;                                  // of a product; as many of the next one fit beside them
+constexpr int kPanelBytes = 37 * 1024;  // 1024 k of 16 rows, with the norm's weight and bias
 
 // (out, in) weights: a warp owns one output column and strides over k; the input comes through L1.
 // Any sizes; kVector > 1 needs 16-byte aligned rows. Moves every weight once per kRowBlock rows.
@@ -21,11 +25,12 @@ template <typename T, int kVector>
 __global__ void __launch_bounds__(kPlainWarps* kWarpSize)
     linear_out_in_kernel(const LinearParams<T> p) {
   __shared__ float means[kMaxSkinnyRows], scales[kMaxSkinnyRows];
-  release_dependents();
+  if (!p.release_late) release_dependents();
   wait_for_predecessor();
+  if (p.release_late) release_dependents();
   const bool norm = p.norm_weight != nullptr;
   if (norm) {
-    row_statistics<T, kVector>(p, means, scales);
+    row_statistics<T, kVector>(p, means, scales, kPlainWarps);
     __syncthreads();
   }
   const int lane = threadIdx.x % kWarpSize;
@@ -74,11 +79,12 @@ __global__ void __launch_bounds__(kInOutWarps* kWarpSize)
     linear_in_out_kernel(const LinearParams<T> p) {
   __shared__ float means[kMaxSkinnyRows], scales[kMaxSkinnyRows];
   __shared__ float partial[kInOutWarps][kRowBlock][kWarpSize];
-  release_dependents();
+  if (!p.release_late) release_dependents();
   wait_for_predecessor();
+  if (p.release_late) release_dependents();
   const bool norm = p.norm_weight != nullptr;
   if (norm) {
-    row_statistics<T, 1>(p, means, scales);
+    row_statistics<T, 1>(p, means, scales, kInOutWarps);
     __syncthreads();
   }
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -119,72 +125,140 @@ __global__ void __launch_bounds__(kInOutWarps* kWarpSize)
   }
 }
 
+bool has_bulk_copies() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
+
+template <typename T, int kRows, bool kInOut>
+cudaError_t launch_stream(const LinearParams<T>& p, LaunchConfig config) {
+  using Tile = StreamTile<kRows>;
+  const int multiprocessors = std::max(1, device_attribute(cudaDevAttrMultiProcessorCount));
+  const int tiles = static_cast<int>(ceil_div(p.out_features, kNormTile)) * p.num_weights;
+  const int chunks = static_cast<int>(ceil_div(p.in_features, Tile::kChunkK));
+
+  // Where the tiles leave multiprocessors idle, K is split over a cluster. One block each where its
+  // weights fit its ring whole, so that nothing is left to load when the input comes; else two,
+  // whose rings leave room for two of the next product.
+  constexpr int kSharedStages = 5;
+  int resident = multiprocessors, ring_stages = Tile::kMaxStages;
+  auto ranks_of = [&] {
+    return std::max(1, std::min({kMaxClusterSize, resident / tiles, chunks}));
+  };
+  if (kRows > 8 || tiles > resident || ceil_div(chunks, ranks_of()) > ring_stages) {
+    resident *= kBlocksPerMultiprocessor;
+    ring_stages = kSharedStages;
+  }
+  const int rank_chunks = static_cast<int>(ceil_div(chunks, ranks_of()));
+  const int ranks = static_cast<int>(ceil_div(chunks, rank_chunks));
+  const int block_tiles = static_cast<int>(ceil_div(int64_t(tiles) * ranks, resident));
+  const int blocks = static_cast<int>(ceil_div(tiles, block_tiles)) * ranks;
+
+  const bool norm = p.norm_weight != nullptr;
+  const int stages =
+      static_cast<int>(std::min<int64_t>(int64_t(rank_chunks) * block_tiles, ring_stages));
+  const int other_bytes =
+      stages * Tile::kChunkBytes + Tile::sum_bytes(p.rows, ranks) + Tile::kSmallBytes;
+  int panel_chunks = rank_chunks;
+  while (panel_chunks > 1 &&
+         Tile::panel_bytes(p.rows, panel_chunks * Tile::kChunkK, norm) > kPanelBytes)
+    --panel_chunks;
+  const int panel_k = panel_chunks * Tile::kChunkK;
+
+  LinearMaps maps = {};
+  cudaError_t error = cudaSuccess;
+  for (int i = 0; i < p.num_weights && error == cudaSuccess; ++i) {
+    error = make_tensor_map(maps.weight + i, p.weight(i), kInOut ? p.in_features : p.out_features,
+                            kInOut ? p.out_features : p.in_features,
+                            kInOut ? Tile::kChunkK : kNormTile);
+  }
+  if (error != cudaSuccess) return error;
+  config.shared_bytes = other_bytes + Tile::panel_bytes(p.rows, panel_k, norm);
+  config.grid = dim3(static_cast<unsigned>(blocks));
+  config.block = dim3(kStreamThreads);
+  config.cluster_size = ranks;
+  return launch(config, linear_stream_kernel<T, kRows, kInOut>, p, maps, panel_k,
+                rank_chunks * Tile::kChunkK, stages);
+}
+
 template <typename T, int kRows, bool kInOut>
 cudaError_t launch_mma(const LinearParams<T>& p, LaunchConfig config) {
-  using Tile = LinearTile<kRows, kInOut>;
+  using Tile = MmaTile<kRows, kInOut>;
   constexpr int kUnitK = Tile::kUnitSteps * Tile::kStepK;
   const int multiprocessors = std::max(1, device_attribute(cudaDevAttrMultiProcessorCount));
   const int max_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int tiles = static_cast<int>(ceil_div(p.out_features, Tile::kColumns)) * p.num_weights;
-
-  // (in, out) tiles are wide, so there are few of them: split K over a cluster while each block can
-  // have its own multiprocessor (two waves of clusters cost more than idle multiprocessors).
-  int ranks = 1;
-  if (kInOut && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
-    ranks = std::max(1, std::min({8, multiprocessors / tiles, p.in_features / 64}));
-  }
-  const int k_per_rank = static_cast<int>(round_up(ceil_div(p.in_features, ranks), Tile::kWarpK));
-  const int64_t rank_bytes = ranks > 1 ? int64_t(p.rows) * Tile::kColumns * 4 : 0;
-  const int64_t row_bytes = (max_shared - kReservedShared - Tile::kSumBytes - rank_bytes) / p.rows;
+  const int64_t row_bytes = (max_shared - kReservedShared - Tile::kSumBytes) / p.rows;
   const int64_t fitting = (row_bytes / int64_t(sizeof(T)) - Tile::kPad) / kUnitK * kUnitK;
   if (fitting < kUnitK) return cudaErrorInvalidConfiguration;
-  const int panel_k = static_cast<int>(std::min<int64_t>(round_up(k_per_rank, kUnitK), fitting));
-
+  const int panel_k = static_cast<int>(std::min<int64_t>(round_up(p.in_features, kUnitK), fitting));
   config.shared_bytes =
-      round_up(int64_t(p.rows) * (panel_k + Tile::kPad) * int64_t(sizeof(T)), 16) +
-      Tile::kSumBytes + rank_bytes;
+      round_up(int64_t(p.rows) * (panel_k + Tile::kPad) * int64_t(sizeof(T)), 16) + Tile::kSumBytes;
   const int64_t multiprocessor_bytes =
       device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   const bool two =
       kRows <= 16 && 2 * int64_t(config.shared_bytes + kReservedShared) <= multiprocessor_bytes;
   const int resident = (two ? 2 : 1) * multiprocessors;  // blocks at a time; each walks its tiles
-  config.grid = dim3(static_cast<unsigned>(std::min(tiles, std::max(1, resident / ranks)) * ranks));
-  config.block = dim3(kLinearThreads);
-  config.cluster_size = ranks;
-  return launch(config, linear_mma_kernel<T, kRows, kInOut>, p, panel_k, k_per_rank);
+  config.grid = dim3(static_cast<unsigned>(std::min(tiles, resident)));
+  config.block = dim3(kMmaThreads);
+  return launch(config, linear_mma_kernel<T, kRows, kInOut>, p, panel_k);
+}
+
+template <typename T, int kRows, bool kInOut>
+cudaError_t launch_tensor_cores(const LinearParams<T>& p, const LaunchConfig& config) {
+  return has_bulk_copies() ? launch_stream<T, kRows, kInOut>(p, config)
+                           : launch_mma<T, kRows, kInOut>(p, config);
 }
 
 template <typename T, bool kInOut>
-cudaError_t launch_mma_rows(const LinearParams<T>& p, const LaunchConfig& config) {
-  if (p.rows <= 8) return launch_mma<T, 8, kInOut>(p, config);
-  if (p.rows <= 16) return launch_mma<T, 16, kInOut>(p, config);
-  if (p.rows <= 32) return launch_mma<T, 32, kInOut>(p, config);
-  return launch_mma<T, 64, kInOut>(p, config);
+cudaError_t launch_tensor_cores(const LinearParams<T>& p, const LaunchConfig& config) {
+  if (p.rows <= 8) return launch_tensor_cores<T, 8, kInOut>(p, config);
+  if (p.rows <= 16) return launch_tensor_cores<T, 16, kInOut>(p, config);
+  if (p.rows <= 32) return launch_tensor_cores<T, 32, kInOut>(p, config);
+  return launch_tensor_cores<T, 64, kInOut>(p, config);
 }
+
+bool takes_tensor_cores(const LinearArgs& args) {
+  constexpr int64_t kVector = 8;
+  if (args.dtype == DType::kFloat32) return false;
+  bool aligned =
+      is_aligned(args.input) && is_aligned(args.norm_weight) && is_aligned(args.norm_bias);
+  for (int i = 0; i < args.num_weights; ++i) aligned = aligned && is_aligned(args.weight[i]);
+  return aligned && args.in_features > 0 && args.in_features % kVector == 0 &&
+         args.input_stride % kVector == 0 && (!args.in_out || args.out_features % kVector == 0);
+}
+
+bool is_even(int64_t value) { return value % 2 == 0; }
+bool is_pair_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 4 == 0; }
 
 }  // namespace
 
+bool linear_takes_partials(const LinearArgs& args) {
+  return args.num_weights == 1 && takes_tensor_cores(args) && has_bulk_copies();
+}
+
+int64_t norm_tiles(int64_t features) { return ceil_div(features, kNormTile); }
+
 template <typename T>
-cudaError_t launch_linear(const LinearArgs& args, cudaStream_t stream, bool chained) {
+cudaError_t launch_linear(const LinearArgs& args, cudaStream_t stream, const LinearChain& chain) {
   if (args.rows == 0 || args.out_features == 0 || args.num_weights == 0) return cudaSuccess;
-  LinearParams<T> p;
+  LinearParams<T> p = {};
   p.out = static_cast<T*>(args.out);
   p.input = static_cast<const T*>(args.input);
   const T* weights[3];
   const T* biases[3];
-  bool aligned =
-      is_aligned(args.input) && is_aligned(args.norm_weight) && is_aligned(args.norm_bias);
+  p.pairs = is_even(args.out_features) && is_even(args.out_stride) && is_pair_aligned(args.out) &&
+            is_pair_aligned(args.residual);
   for (int i = 0; i < 3; ++i) {
     const int from = i < args.num_weights ? i : 0;
     weights[i] = static_cast<const T*>(args.weight[from]);
     biases[i] = static_cast<const T*>(args.bias[from]);
-    aligned = aligned && is_aligned(weights[i]);
+    p.pairs = p.pairs && is_pair_aligned(biases[i]);
   }
   p.weight0 = weights[0], p.weight1 = weights[1], p.weight2 = weights[2];
   p.bias0 = biases[0], p.bias1 = biases[1], p.bias2 = biases[2];
   p.residual = static_cast<const T*>(args.residual);
   p.norm_weight = static_cast<const T*>(args.norm_weight);
   p.norm_bias = static_cast<const T*>(args.norm_bias);
+  p.norm_partials = chain.norm_partials;
+  p.out_partials = chain.out_partials;
   p.input_stride = args.input_stride;
   p.out_stride = args.out_stride;
   p.rows = static_cast<int>(args.rows);
@@ -193,17 +267,15 @@ cudaError_t launch_linear(const LinearArgs& args, cudaStream_t stream, bool chai
   p.num_weights = args.num_weights;
   p.norm_eps = args.norm_eps;
   p.activation = args.activation;
-  aligned =
-      aligned && args.in_features % kVectorSize<T> == 0 && args.input_stride % kVectorSize<T> == 0;
+  p.release_late = chain.release_late;
 
   LaunchConfig config;
   config.stream = stream;
-  config.chained = chained;
+  config.chained = chain.chained;
   if constexpr (sizeof(T) == 2) {
-    if (aligned && args.in_features > 0 &&
-        (!args.in_out || args.out_features % kVectorSize<T> == 0)) {
-      return args.in_out ? launch_mma_rows<T, true>(p, config)
-                         : launch_mma_rows<T, false>(p, config);
+    if (takes_tensor_cores(args)) {
+      return args.in_out ? launch_tensor_cores<T, true>(p, config)
+                         : launch_tensor_cores<T, false>(p, config);
     }
   }
   if (args.in_out) {
@@ -216,19 +288,25 @@ cudaError_t launch_linear(const LinearArgs& args, cudaStream_t stream, bool chai
       dim3(static_cast<unsigned>(ceil_div(args.out_features * args.num_weights, kPlainWarps)));
   config.block = dim3(kPlainWarps * kWarpSize);
   if constexpr (sizeof(T) == 4) {
-    if (aligned) return launch(config, linear_out_in_kernel<T, kVectorSize<T>>, p);
+    constexpr int kVector = kVectorSize<T>;
+    bool aligned = is_aligned(args.input) && is_aligned(args.norm_weight) &&
+                   is_aligned(args.norm_bias) && args.in_features % kVector == 0 &&
+                   args.input_stride % kVector == 0;
+    for (const T* weight : weights) aligned = aligned && is_aligned(weight);
+    if (aligned) return launch(config, linear_out_in_kernel<T, kVector>, p);
   }
   return launch(config, linear_out_in_kernel<T, 1>, p);
 }
 
-template cudaError_t launch_linear<float>(const LinearArgs&, cudaStream_t, bool);
-template cudaError_t launch_linear<__half>(const LinearArgs&, cudaStream_t, bool);
-template cudaError_t launch_linear<__nv_bfloat16>(const LinearArgs&, cudaStream_t, bool);
+template cudaError_t launch_linear<float>(const LinearArgs&, cudaStream_t, const LinearChain&);
+template cudaError_t launch_linear<__half>(const LinearArgs&, cudaStream_t, const LinearChain&);
+template cudaError_t launch_linear<__nv_bfloat16>(const LinearArgs&, cudaStream_t,
+                                                  const LinearChain&);
 
 Status linear(const LinearArgs& args, const Context& context) {
   if (args.rows > kMaxSkinnyRows) return Status{Status::kUnsupported};
   return to_status(dispatch_dtype(args.dtype, [&](auto element) {
-    return launch_linear<decltype(element)>(args, stream_of(context), false);
+    return launch_linear<decltype(element)>(args, stream_of(context), LinearChain());
   }));
 }
 

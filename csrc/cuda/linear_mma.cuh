@@ -1,31 +1,29 @@
 // Skinny product on tensor cores for fp16 and bf16: the weights are the n = 8 operand of
 // mma.m16n8k16 and the rows of the batch its m. Weights go from memory straight to registers, one
 // unit of work ahead of the products; k is permuted the same way on both sides so that a 16-byte
-// load is a fragment. K is split over the warps of a block, and over the blocks of a cluster where
-// the tiles alone would not fill the chip; partial sums are added in a fixed order.
+// load is a fragment. K is split over the warps of a block; partial sums are added in a fixed
+// order. For chips before sm_90; linear_stream.cuh serves the others.
 #pragma once
-
-#include <cooperative_groups.h>
 
 #include "common/mma.cuh"
 #include "cuda/linear_params.cuh"
 
 namespace eet_patch::cuda {
 
-constexpr int kLinearWarps = 8;
-constexpr int kLinearThreads = kLinearWarps * kWarpSize;
+constexpr int kMmaWarps = 8;
+constexpr int kMmaThreads = kMmaWarps * kWarpSize;
 
 // kRows (8, 16, 32 or 64) bounds the rows of the batch. A unit is what a warp loads at once.
 template <int kRows, bool kInOut>
-struct LinearTile {
+struct MmaTile {
   static constexpr int kSlice = kRows < 16 ? kRows : 16;  // rows of one product that are real
   static constexpr int kSlices = kRows / kSlice;
   static constexpr int kProducts = kInOut        ? 8
                                    : kRows <= 16 ? 1
                                                  : kRows / 16;  // n = 8 column groups of a tile
   static constexpr int kColumns = 8 * kProducts;
-  static constexpr int kWarpK = kInOut ? 16 : 32;       // k of one warp step
-  static constexpr int kStepK = kWarpK * kLinearWarps;  // k of one block step
+  static constexpr int kWarpK = kInOut ? 16 : 32;    // k of one warp step
+  static constexpr int kStepK = kWarpK * kMmaWarps;  // k of one block step
   static constexpr int kUnitSteps = kInOut ? (kRows <= 16 ? 2 : 1) : 4 / kProducts;
   static constexpr int kLoads = kInOut ? 4 : kProducts;  // 16-byte loads of a lane in a step
   static constexpr int kPad = kInOut ? 16 : 32;  // elements; keeps fragment loads off shared banks
@@ -36,18 +34,18 @@ struct LinearTile {
   static constexpr int kProductStride = kInOut ? (kSlice == 8 ? 68 : 164) : kSlice * 8;
   static constexpr int kWarpSums = kProductStride * kProducts;
   static constexpr int kSumBuffers = kProducts == 1 ? 2 : 1;
-  static constexpr int kSumBytes = kSumBuffers * kLinearWarps * kWarpSums * 4;
+  static constexpr int kSumBytes = kSumBuffers * kMmaWarps * kWarpSums * 4;
 };
 
-// A block (or cluster) owns tiles of kColumns output columns and walks them; each rank of a cluster
-// owns k_per_rank consecutive k. Dynamic shared memory: the block's part of the input, normalised,
-// `panel_k` columns at a time (all of them where they fit, else staged again for every tile), then
-// partial sums. Limits: rows <= kRows, in_features (and out_features when kInOut) multiples of 8,
-// 16-byte aligned operands. Moves every weight once.
+// A block owns tiles of kColumns output columns and walks them. Dynamic shared memory: the block's
+// part of the input, normalised, `panel_k` columns at a time (all of them where they fit, else
+// staged again for every tile), then partial sums. Limits: rows <= kRows, in_features (and
+// out_features when kInOut) multiples of 8, 16-byte aligned operands. Moves every weight once.
 template <typename T, int kRows, bool kInOut>
-__global__ void __launch_bounds__(kLinearThreads, kRows <= 16 ? 2 : 1)
-    linear_mma_kernel(const LinearParams<T> p, int panel_k, int k_per_rank) {
-  using Tile = LinearTile<kRows, kInOut>;
+__global__ void __launch_bounds__(kMmaThreads, kRows <= 16 ? 2 : 1)
+    linear_mma_kernel(const LinearParams<T> p, int panel_k) {
+#if __CUDA_ARCH__ < 900
+  using Tile = MmaTile<kRows, kInOut>;
   constexpr int kUnitK = Tile::kUnitSteps * Tile::kStepK;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ float means[kRows], scales[kRows];
@@ -55,29 +53,20 @@ __global__ void __launch_bounds__(kLinearThreads, kRows <= 16 ? 2 : 1)
   T* panel = reinterpret_cast<T*>(shared);
   float* sums = reinterpret_cast<float*>(
       shared + ((int64_t(p.rows) * panel_stride * sizeof(T) + 15) & ~int64_t(15)));
-  float* rank_sums = sums + Tile::kSumBytes / 4;
-
-  int rank = 0, ranks = 1;
-#if __CUDA_ARCH__ >= 900
-  auto cluster = cooperative_groups::this_cluster();
-  rank = cluster.block_rank();
-  ranks = cluster.num_blocks();
-#endif
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4,
             q = lane % 4;
   const int tiles_per_weight = (p.out_features + Tile::kColumns - 1) / Tile::kColumns;
   const int tiles = tiles_per_weight * p.num_weights;
-  const int tile_step = gridDim.x / ranks;
-  const int k_begin = rank * k_per_rank, k_end = min(p.in_features, k_begin + k_per_rank);
-  const int units = (k_per_rank + kUnitK - 1) / kUnitK;
+  const int tile_step = gridDim.x;
+  const int units = (p.in_features + kUnitK - 1) / kUnitK;
   const int panel_units = panel_k / kUnitK;
 
   auto load = [&](uint4(&buffer)[Tile::kUnitSteps][Tile::kLoads], int tile, int unit) {
     const int which = tile / tiles_per_weight,
               column = (tile - which * tiles_per_weight) * Tile::kColumns;
-    const int k_lane = k_begin + unit * kUnitK + warp * Tile::kWarpK + (kInOut ? 4 : 8) * q;
+    const int k_lane = unit * kUnitK + warp * Tile::kWarpK + (kInOut ? 4 : 8) * q;
     const int n_lane = column + g * (kInOut ? 8 : 1);
-    const int k_limit = tile < tiles ? k_end : 0;
+    const int k_limit = tile < tiles ? p.in_features : 0;
     const T* source = p.weight(which) + (kInOut ? int64_t(k_lane) * p.out_features + n_lane
                                                 : int64_t(n_lane) * p.in_features + k_lane);
 #pragma unroll
@@ -99,18 +88,18 @@ __global__ void __launch_bounds__(kLinearThreads, kRows <= 16 ? 2 : 1)
   auto stage = [&](int first_unit) {
     constexpr int kVector = kVectorSize<T>;
     const int vectors = panel_k / kVector;
-    for (int i = threadIdx.x; i < p.rows * vectors; i += kLinearThreads) {
+    for (int i = threadIdx.x; i < p.rows * vectors; i += kMmaThreads) {
       const int row = i / vectors, local = (i - row * vectors) * kVector;
-      const int k = k_begin + first_unit * kUnitK + local;
-      // Beyond k_end the weights read as zero, so these must be finite: zero too.
+      const int k = first_unit * kUnitK + local;
+      // Beyond in_features the weights read as zero, so these must be finite: zero too.
       T* target = panel + row * panel_stride + local;
       const T* source = p.input + row * p.input_stride + k;
       if (p.norm_weight == nullptr) {
-        copy_async_16(target, k < k_end ? source : p.input, k < k_end);
+        copy_async_16(target, k < p.in_features ? source : p.input, k < p.in_features);
         continue;
       }
       uint4 packed = make_uint4(0, 0, 0, 0);
-      if (k < k_end) {
+      if (k < p.in_features) {
         float values[kVector];
         load_vector(source, values);
         apply_norm(p, values, k, means[row], scales[row]);
@@ -167,7 +156,7 @@ __global__ void __launch_bounds__(kLinearThreads, kRows <= 16 ? 2 : 1)
 
   // Where a thread finishes one element of a tile, it asks for that element's bias and residual
   // when the tile begins.
-  constexpr bool kEarlyTerms = Tile::kSlices * Tile::kSlice * Tile::kColumns <= kLinearThreads;
+  constexpr bool kEarlyTerms = Tile::kSlices * Tile::kSlice * Tile::kColumns <= kMmaThreads;
   float bias_term = 0.0f, residual_term = 0.0f;
   auto load_terms = [&](int tile) {
     bias_term = residual_term = 0.0f;
@@ -189,7 +178,7 @@ __global__ void __launch_bounds__(kLinearThreads, kRows <= 16 ? 2 : 1)
     const int column = (tile - which * tiles_per_weight) * Tile::kColumns;
 #pragma unroll
     for (int slice = 0; slice < Tile::kSlices; ++slice) {
-      float* buffer = sums + parity * kLinearWarps * Tile::kWarpSums;
+      float* buffer = sums + parity * kMmaWarps * Tile::kWarpSums;
       float* mine = buffer + warp * Tile::kWarpSums;
 #pragma unroll
       for (int i = 0; i < Tile::kProducts; ++i) {
@@ -203,7 +192,7 @@ __global__ void __launch_bounds__(kLinearThreads, kRows <= 16 ? 2 : 1)
         for (int r = 0; r < 4; ++r) c[slice][i][r] = 0.0f;
       }
       __syncthreads();
-      for (int e = threadIdx.x; e < Tile::kSlice * Tile::kColumns; e += kLinearThreads) {
+      for (int e = threadIdx.x; e < Tile::kSlice * Tile::kColumns; e += kMmaThreads) {
         const int slice_row = e / Tile::kColumns, n = e % Tile::kColumns;
         const int row = slice * 16 + slice_row;
         if (row >= p.rows || column + n >= p.out_features) continue;
@@ -216,14 +205,12 @@ __global__ void __launch_bounds__(kLinearThreads, kRows <= 16 ? 2 : 1)
         }
         float sum = 0.0f;
 #pragma unroll
-        for (int w = 0; w < kLinearWarps; ++w) sum += buffer[w * Tile::kWarpSums + at];
+        for (int w = 0; w < kMmaWarps; ++w) sum += buffer[w * Tile::kWarpSums + at];
         if (kEarlyTerms) {  // (out, in) tiles, whose blocks stand alone
           const int64_t at_out = row * p.out_stride + int64_t(which) * p.out_features + column + n;
           p.out[at_out] = from_float<T>(activate(sum + bias_term, p.activation) + residual_term);
-        } else if (ranks == 1) {
-          finish_element(p, row, which, column + n, sum);
         } else {
-          rank_sums[row * Tile::kColumns + n] = sum;
+          finish_element(p, row, which, column + n, sum);
         }
       }
       if (Tile::kSumBuffers == 2) {
@@ -232,29 +219,15 @@ __global__ void __launch_bounds__(kLinearThreads, kRows <= 16 ? 2 : 1)
         __syncthreads();
       }
     }
-#if __CUDA_ARCH__ >= 900
-    if (ranks > 1) {
-      cluster.sync();
-      for (int e = rank * kLinearThreads + threadIdx.x; e < p.rows * Tile::kColumns;
-           e += ranks * kLinearThreads) {
-        const int row = e / Tile::kColumns, n = e % Tile::kColumns;
-        if (column + n >= p.out_features) continue;
-        float sum = 0.0f;
-        for (int r = 0; r < ranks; ++r) sum += *cluster.map_shared_rank(rank_sums + e, r);
-        finish_element(p, row, which, column + n, sum);
-      }
-      cluster.sync();  // nobody leaves, or writes its sums anew, while another reads them
-    }
-#endif
   };
 
   uint4 even[Tile::kUnitSteps][Tile::kLoads], odd[Tile::kUnitSteps][Tile::kLoads];
-  int tile = blockIdx.x / ranks, unit = 0;
+  int tile = blockIdx.x, unit = 0;
   load(even, tile, 0);
   release_dependents();
   wait_for_predecessor();
   if (p.norm_weight != nullptr) {
-    row_statistics<T, kVectorSize<T>>(p, means, scales);
+    row_statistics<T, kVectorSize<T>>(p, means, scales, kMmaWarps);
     __syncthreads();
   }
   stage(0);
@@ -276,7 +249,7 @@ __global__ void __launch_bounds__(kLinearThreads, kRows <= 16 ? 2 : 1)
       __syncthreads();
     }
     staged = false;
-    multiply(buffer, local_unit, k_end - k_begin - (unit - local_unit) * kUnitK);
+    multiply(buffer, local_unit, p.in_features - (unit - local_unit) * kUnitK);
     unit = last ? 0 : unit + 1;
     if (last) {
       finish_tile(tile);
@@ -290,6 +263,7 @@ __global__ void __launch_bounds__(kLinearThreads, kRows <= 16 ? 2 : 1)
     if (tile >= tiles) break;
     advance(odd, even);
   }
+#endif
 }
 
 }  // namespace eet_patch::cuda

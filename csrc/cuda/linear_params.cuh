@@ -1,4 +1,4 @@
-// What both linear kernels share: their argument, the side-by-side weights, the fused layer norm
+// What the linear kernels share: their argument, the side-by-side weights, the fused layer norm
 // and the epilogue.
 #pragma once
 
@@ -9,6 +9,8 @@
 
 namespace eet_patch::cuda {
 
+constexpr int kNormTile = 64;  // columns of a row that one pair of partial statistics stands for
+
 template <typename T>
 struct LinearParams {
   T* out;
@@ -17,15 +19,19 @@ struct LinearParams {
   const T *bias0, *bias1, *bias2;
   const T* residual;  // may be out
   const T *norm_weight, *norm_bias;
+  const float2* norm_partials;  // of the input; null: the statistics are taken from the input
+  float2* out_partials;  // (rows, ceil(out_features / kNormTile)) mean, sum of squares about it
   int64_t input_stride, out_stride;
   int rows, in_features, out_features, num_weights;
   float norm_eps;
   Activation activation;
+  bool pairs;         // two neighbours of bias, residual and out may be one access
+  bool release_late;  // the next launch starts only after the one before this has ended
 
-  __device__ __forceinline__ const T* weight(int i) const {
+  __host__ __device__ __forceinline__ const T* weight(int i) const {
     return i == 0 ? weight0 : i == 1 ? weight1 : weight2;
   }
-  __device__ __forceinline__ const T* bias(int i) const {
+  __host__ __device__ __forceinline__ const T* bias(int i) const {
     return i == 0 ? bias0 : i == 1 ? bias1 : bias2;
   }
 };
@@ -43,16 +49,18 @@ __device__ __forceinline__ void finish_element(const LinearParams<T>& p, int row
   p.out[at] = from_float<T>(sum);
 }
 
-// Mean and 1 / sqrt(variance + eps) of every input row, a warp a row. kVector > 1 needs 16-byte
+// Mean and 1 / sqrt(variance + eps) of every input row, a warp a row, by the first
+// `warps` of the block. kVector > 1 needs 16-byte
 // aligned rows.
 template <typename T, int kVector>
 __device__ __forceinline__ void row_statistics(const LinearParams<T>& p, float* means,
-                                               float* scales) {
+                                               float* scales, int warps) {
   const int lane = threadIdx.x % kWarpSize;
-  for (int row = threadIdx.x / kWarpSize; row < p.rows; row += blockDim.x / kWarpSize) {
+  for (int row = threadIdx.x / kWarpSize; row < p.rows; row += warps) {
     const T* input = p.input + row * p.input_stride;
     float values[kVector];
     float sum = 0.0f;
+#pragma unroll 4
     for (int k = lane * kVector; k < p.in_features; k += kWarpSize * kVector) {
       load_vector(input + k, values);
 #pragma unroll
@@ -60,6 +68,7 @@ __device__ __forceinline__ void row_statistics(const LinearParams<T>& p, float* 
     }
     const float mean = warp_sum(sum) / p.in_features;
     float squares = 0.0f;
+#pragma unroll 4
     for (int k = lane * kVector; k < p.in_features; k += kWarpSize * kVector) {
       load_vector(input + k, values);
 #pragma unroll

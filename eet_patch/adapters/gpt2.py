@@ -1,5 +1,5 @@
-"""GPT2Block of transformers 4.56 to 5.23: pre-norm self-attention, optional cross-attention,
-feed-forward.
+"""GPT2Block, and DecisionTransformerGPT2Block, which is GPT2Block under another name, of
+transformers 4.56 to 5.23: pre-norm self-attention, optional cross-attention, feed-forward.
 """
 
 from __future__ import annotations
@@ -11,6 +11,15 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from eet_patch.adapters import kv_cache
+from eet_patch.adapters.causal import (
+    Sight,
+    norm_of,
+    norms_reason,
+    out_features,
+    products_reason,
+    sight_of,
+)
+from eet_patch.adapters.decoder import NO_CACHE_YET, DecoderKind, Layer, Parts
 from eet_patch.adapters.host import (
     NO_HOST_MASK,
     HostMask,
@@ -20,15 +29,13 @@ from eet_patch.adapters.host import (
     dropout_reason,
     host_mask,
     is_recording_hook,
-    linear_reason,
-    norm_reason,
     other_arguments_reason,
     version_before,
 )
 from eet_patch.gates import note_sound, still_sound, submodule_reason
 from eet_patch.ops import blocks
 from eet_patch.ops.attention import MAX_HEAD_DIM
-from eet_patch.ops.launch import Norm
+from eet_patch.ops.decode import DecodeLayer
 from eet_patch.patching import Adapter
 
 KNOWN = frozenset(
@@ -38,18 +45,29 @@ KNOWN = frozenset(
 
 
 class Plan(NamedTuple):
-    mask: HostMask
-    kv_len: int
-    causal: bool
-    crop: bool  # without a mask only the first q_len keys count, however long the cache
+    sight: Sight
     scale: float
     activation: str
     cross_mask: HostMask
 
 
+class Classes(NamedTuple):
+    """The host's classes of one family, by the roles they play in GPT2Block."""
+
+    attention: type
+    mlp: type
+    conv: type
+
+
+def _classes(cls: type) -> Classes:
+    module, prefix = sys.modules[cls.__module__], cls.__name__.removesuffix("Block")
+    return Classes(
+        getattr(module, f"{prefix}Attention"), getattr(module, f"{prefix}MLP"), module.Conv1D
+    )
+
+
 def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
-    module = sys.modules[cls.__module__]
-    attention_cls, conv_cls = module.GPT2Attention, module.Conv1D  # type: ignore[attr-defined]
+    classes = _classes(cls)
     tuples = version_before("5.3")
 
     def plan(layer: Any, arguments: dict[str, Any]) -> Plan | str:
@@ -62,7 +80,6 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         encoder_hidden_states = arguments.get("encoder_hidden_states")
         if hidden_states.dim() != 3:
             return f"the input has {hidden_states.dim()} dimensions"
-        batch, q_len, hidden_size = hidden_states.shape
         reason = layer_reason(layer, hidden_states)
         if reason is not None:
             return reason
@@ -74,37 +91,26 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
             return implementation
         if implementation == "eager" and attn.reorder_and_upcast_attn:
             return "reorder_and_upcast_attn is set"
-        past, kv_len = arguments.get("past_key_values"), q_len
-        if past is not None:
-            cache = kv_cache.self_attention_cache(past)
-            kv_len = kv_cache.kv_length(cache, attn.layer_idx, q_len)
-            if isinstance(kv_len, str):
-                return kv_len
-        given = arguments.get("attention_mask")
-        mask = host_mask(given, hidden_states, (batch, attn.num_heads, q_len, kv_len))
-        if isinstance(mask, str):
-            return mask
-        causal = crop = False
-        if q_len > 1:
-            if implementation == "eager":
-                # While the attention had a causal buffer, eager applied it; later the mask does.
-                causal = "bias" in attn._buffers
-            elif implementation == "sdpa":
-                # Without a mask sdpa aligns causality with the first key, and keys beyond q_len
-                # don't count.
-                causal = given is None
-                crop = causal
-            else:
-                causal = True
+        past = arguments.get("past_key_values")
+        sight = sight_of(
+            hidden_states,
+            arguments.get("attention_mask"),
+            kv_cache.self_attention_cache(past),
+            attn.layer_idx,
+            attn.num_heads,
+            implementation,
+            # While the attention had a causal buffer, eager applied it; later the mask does.
+            "bias" in attn._buffers,
+        )
+        if isinstance(sight, str):
+            return sight
         scale = softmax_scale(attn, implementation)
         cross_mask: Any = NO_HOST_MASK
         if encoder_hidden_states is not None:
-            cross_mask = _cross_plan(
-                layer, arguments, attention_cls, conv_cls, hidden_states, implementation
-            )
+            cross_mask = _cross_plan(layer, arguments, classes, hidden_states, implementation)
             if isinstance(cross_mask, str):
                 return cross_mask
-        return Plan(mask, kv_len, causal, crop, scale, activation, cross_mask)
+        return Plan(sight, scale, activation, cross_mask)
 
     def forward(plan: Plan, layer: Any, arguments: dict[str, Any]) -> Any:
         modules = layer._modules
@@ -120,8 +126,8 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
                 hidden_states,
                 attn.num_heads,
                 arguments,
-                plan.kv_len,
-                plan.crop,
+                plan.sight.kv_len,
+                plan.sight.crop,
             )
         with held:
             hidden_states = blocks.attention_block(
@@ -133,10 +139,10 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
                 True,
                 attn.num_heads,
                 plan.scale,
-                _norm(modules["ln_1"]),
-                mask=plan.mask.form,
-                mask_tensor=plan.mask.for_torch,
-                causal=plan.causal,
+                norm_of(modules["ln_1"]),
+                mask=plan.sight.mask.form,
+                mask_tensor=plan.sight.mask.for_torch,
+                causal=plan.sight.causal,
                 cache=held.buffers,
                 update_kv=held.update_kv,
             )
@@ -151,7 +157,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
                 proj["bias"],
                 True,
                 plan.activation,
-                _norm(modules["ln_2"]),
+                norm_of(modules["ln_2"]),
             )
         return (hidden_states,) if tuples else hidden_states
 
@@ -162,16 +168,15 @@ def layer_reason(layer: Any, like: Tensor) -> str | None:
     """Why the modules and parameters of a GPT2Block can't be read in place, or None."""
     if still_sound(layer, like):
         return None
-    module = sys.modules[type(layer).__module__]
-    attention_cls, mlp_cls, conv_cls = module.GPT2Attention, module.GPT2MLP, module.Conv1D  # type: ignore[attr-defined]
+    classes = _classes(type(layer))
     modules = layer._modules
     attn, mlp, ln_1, ln_2 = modules["attn"], modules["mlp"], modules["ln_1"], modules["ln_2"]
     reason = (
-        submodule_reason(attn, attention_cls, is_recording_hook)
-        or _attention_reason(attn, conv_cls, like, 3)
-        or submodule_reason(mlp, mlp_cls)
-        or _mlp_reason(mlp, conv_cls, like)
-        or _norms_reason(like, ln_1, ln_2)
+        submodule_reason(attn, classes.attention, is_recording_hook)
+        or _attention_reason(attn, classes.conv, like, 3)
+        or submodule_reason(mlp, classes.mlp)
+        or _mlp_reason(mlp, classes.conv, like)
+        or norms_reason(like, ln_1, ln_2)
     )
     if reason is None:
         note_sound(layer, like)
@@ -189,19 +194,6 @@ def softmax_scale(attn: Any, implementation: str) -> float:
     return scale / (attn.layer_idx + 1) if attn.scale_attn_by_inverse_layer_idx else scale
 
 
-def _norm(module: nn.LayerNorm) -> Norm:
-    parameters = module._parameters
-    return Norm("pre", parameters["weight"], parameters["bias"], module.eps)
-
-
-def _norms_reason(like: Tensor, *norms: Any) -> str | None:
-    for norm in norms:
-        reason = submodule_reason(norm, nn.LayerNorm) or norm_reason(norm, like, like.shape[-1])
-        if reason is not None:
-            return reason
-    return None
-
-
 def _attention_reason(attn: Any, conv_cls: type, like: Tensor, parts: int) -> str | None:
     """Checks c_attn (of `parts` projections), c_proj, the dropouts and the head size of a
     GPT2Attention.
@@ -215,10 +207,12 @@ def _attention_reason(attn: Any, conv_cls: type, like: Tensor, parts: int) -> st
     if attn.head_dim > MAX_HEAD_DIM:
         return f"there is no kernel for a head size of {attn.head_dim}"
     return (
-        submodule_reason(modules["c_attn"], conv_cls)
-        or submodule_reason(modules["c_proj"], conv_cls)
-        or linear_reason(modules["c_attn"], like, hidden_size, parts * hidden_size, True)
-        or linear_reason(modules["c_proj"], like, hidden_size, hidden_size, True)
+        products_reason(
+            like,
+            conv_cls,
+            (modules["c_attn"], hidden_size, parts * hidden_size),
+            (modules["c_proj"], hidden_size, hidden_size),
+        )
         or submodule_reason(modules["attn_dropout"], nn.Dropout)
         or submodule_reason(modules["resid_dropout"], nn.Dropout)
         or dropout_reason(attn, modules["attn_dropout"], modules["resid_dropout"])
@@ -228,29 +222,22 @@ def _attention_reason(attn: Any, conv_cls: type, like: Tensor, parts: int) -> st
 def _mlp_reason(mlp: Any, conv_cls: type, like: Tensor) -> str | None:
     modules = mlp._modules
     hidden_size = like.shape[-1]
-    reason = (
-        submodule_reason(modules["c_fc"], conv_cls)
-        or submodule_reason(modules["c_proj"], conv_cls)
+    inner = out_features(modules["c_fc"], 1)
+    return (
+        products_reason(
+            like,
+            conv_cls,
+            (modules["c_fc"], hidden_size, inner),
+            (modules["c_proj"], inner, hidden_size),
+        )
         or submodule_reason(modules["dropout"], nn.Dropout)
         or dropout_reason(mlp, modules["dropout"])
         or submodule_reason(modules["act"], type(modules["act"]))
     )
-    if reason is not None:
-        return reason
-    weight = modules["c_fc"]._parameters["weight"]
-    inner = weight.shape[1] if weight is not None and weight.dim() == 2 else 0
-    return linear_reason(modules["c_fc"], like, hidden_size, inner, True) or linear_reason(
-        modules["c_proj"], like, inner, hidden_size, True
-    )
 
 
 def _cross_plan(
-    layer: Any,
-    arguments: dict[str, Any],
-    attention_cls: type,
-    conv_cls: type,
-    like: Tensor,
-    implementation: str,
+    layer: Any, arguments: dict[str, Any], classes: Classes, like: Tensor, implementation: str
 ) -> HostMask | str:
     modules = layer._modules
     if "crossattention" not in modules:
@@ -267,11 +254,12 @@ def _cross_plan(
     ):
         return "encoder_hidden_states have another batch or hidden size, or are not contiguous"
     reason = (
-        submodule_reason(cross, attention_cls, is_recording_hook)
-        or _attention_reason(cross, conv_cls, like, 2)
-        or submodule_reason(cross._modules.get("q_attn"), conv_cls)
-        or linear_reason(cross._modules["q_attn"], like, like.shape[2], like.shape[2], True)
-        or _norms_reason(like, modules["ln_cross_attn"])
+        submodule_reason(cross, classes.attention, is_recording_hook)
+        or _attention_reason(cross, classes.conv, like, 2)
+        or products_reason(
+            like, classes.conv, (cross._modules.get("q_attn"), like.shape[2], like.shape[2])
+        )
+        or norms_reason(like, modules["ln_cross_attn"])
     )
     if reason is not None:
         return reason
@@ -324,6 +312,75 @@ def _cross_attention(
         True,
         cross.num_heads,
         scale,
-        _norm(layer._modules["ln_cross_attn"]),
+        norm_of(layer._modules["ln_cross_attn"]),
         mask=plan.cross_mask.form,
     )
+
+
+# --- the model in the terms of the loops ---------------------------------------------------------
+
+
+def gpt_parts(model: Any, model_cls: type, layer_cls: type) -> Parts | str:
+    """Of a model whose modules are named as GPT-2's."""
+    beneath: Any = model._modules["transformer"]
+    modules, training = beneath._modules, beneath.training
+    if type(beneath) is not model_cls:
+        return f"the model is a {type(beneath).__name__}"
+    reason = submodule_reason(modules["drop"], nn.Dropout)
+    if reason is not None:
+        return reason
+    if modules["drop"].p and (training or modules["drop"].training):
+        return "dropout is active (the model is in training mode); call model.eval() for inference"
+    return Parts(
+        ((beneath, model_cls),),
+        modules["wte"],
+        (modules["wpe"], nn.Embedding),
+        0,
+        modules["ln_f"],
+        modules["h"],
+        layer_cls,
+    )
+
+
+def _loop_parts(model: Any) -> Parts | str:
+    module: Any = sys.modules[type(model).__module__]
+    return gpt_parts(model, module.GPT2Model, module.GPT2Block)
+
+
+def _loop_layer(layer: Any, like: Tensor) -> Layer | str:
+    reason = layer_reason(layer, like)
+    if reason is not None:
+        return reason
+    modules = layer._modules
+    if "crossattention" in modules:
+        return "the model has cross-attention"
+    attn, mlp, ln_1, ln_2 = modules["attn"], modules["mlp"], modules["ln_1"], modules["ln_2"]
+    implementation = attention_implementation(attn.config)
+    if " " in implementation:
+        return implementation
+    if implementation == "eager" and attn.reorder_and_upcast_attn:
+        return "reorder_and_upcast_attn is set"
+    c_attn, c_proj = attn._modules["c_attn"]._parameters, attn._modules["c_proj"]._parameters
+    fc, proj = mlp._modules["c_fc"]._parameters, mlp._modules["c_proj"]._parameters
+    parameters = DecodeLayer(
+        ln_1._parameters["weight"],
+        ln_1._parameters["bias"],
+        (c_attn["weight"],),
+        (c_attn["bias"],),
+        c_proj["weight"],
+        c_proj["bias"],
+        ln_2._parameters["weight"],
+        ln_2._parameters["bias"],
+        fc["weight"],
+        fc["bias"],
+        proj["weight"],
+        proj["bias"],
+        NO_CACHE_YET,
+        NO_CACHE_YET,
+        softmax_scale(attn, implementation),
+    )
+    activation, eps = activation_of(mlp.act), (ln_1.eps, ln_2.eps)
+    return Layer(parameters, attn.num_heads, activation, eps, True)
+
+
+LOOP: DecoderKind = DecoderKind(_loop_parts, _loop_layer)

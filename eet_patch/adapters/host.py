@@ -35,6 +35,12 @@ HARMLESS = frozenset(
     | {"num_items_in_batch", "output_router_logits"}
 )
 FLASH_PREFIX = "flash_attention"
+# Checkpointing runs a layer's forward without gradients, and again with them: both must be the
+# host's, dropout or none.
+TRAINING = "the layer is in training mode; call model.eval() for inference"
+TRAINING_DROPOUT = (
+    "dropout is active (the layer is in training mode); call model.eval() for inference"
+)
 
 
 def version_before(version: str) -> bool:
@@ -168,7 +174,5 @@ def dropout_reason(parent: nn.Module, *dropouts: Any) -> str | None:
     """Why a dropout can't be left out: the parent's mode rules some, their own the others."""
     for dropout in dropouts:
         if dropout.p and (parent.training or dropout.training):
-            return (
-                "dropout is active (the layer is in training mode); call model.eval() for inference"
-            )
+            return TRAINING_DROPOUT
     return None

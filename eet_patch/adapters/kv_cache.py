@@ -239,9 +239,11 @@ class SelfAttentionCache:
         arguments: dict[str, Any],
         kv_len: int,
         crop: bool,
+        head_dim: int | None = None,
     ) -> None:
-        """`kv_len` and `crop`: how many keys the mask was read for, and whether only the first
-        q_len of them count.
+        """`num_heads` are those of the keys, `head_dim` their size if they don't make up the
+        hidden size. `kv_len` and `crop`: how many keys the mask was read for, and whether only the
+        first q_len of them count.
         """
         self.buffers: KVCache | None = None
         self.update_kv: UpdateKV | None = None
@@ -252,7 +254,7 @@ class SelfAttentionCache:
         batch, q_len, hidden_size = like.shape
         if layer is not None and not (crop and filled(layer)):
             before = {name: vars(layer).get(name) for name in ("keys", "values", "is_initialized")}
-            shape = (batch, num_heads, q_len, hidden_size // num_heads)
+            shape = (batch, num_heads, q_len, head_dim or hidden_size // num_heads)
             self.buffers = append_in_place(layer, like, shape)
             if self.buffers is not None:
                 self._layer, self._before = layer, before

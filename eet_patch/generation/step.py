@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +85,13 @@ class Selection(NamedTuple):
     pad_token_id: int
 
 
+class Appended(NamedTuple):
+    """What a caller adds to a step, behind its logits, and into its graph."""
+
+    key: tuple[object, ...]  # all that the launches bake in, but for addresses that the step holds
+    launch: Callable[[], None]  # allocates nothing on CUDA
+
+
 class DecodeStep:
     """Buffers for up to `batch_size` rows of `capacity` tokens, and the graphs over them.
 
@@ -131,6 +139,7 @@ class DecodeStep:
         self.eos_token_ids: Tensor | None = None
         self.suppressed_tokens: Tensor | None = None
         self.min_len = 0
+        self._held: tuple[Any, Any] = (None, ())
         self._table = decode.pack_layers(
             [
                 layer._replace(key_cache=key, value_cache=value)
@@ -151,8 +160,19 @@ class DecodeStep:
                 self.logits,
                 self._workspace,
                 *(t for t in (self.seen, self.noise, self.key_rows) if t is not None),
+                *self._held[1],
             )
         )
+
+    def hold(self, key: object, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """The tensors that `make` returned when this key came first, for what is appended to the
+        step; those of another key are let go.
+        """
+        if self._held[0] != key:
+            self._graphs.clear()  # they may hold the others' addresses
+            with plain_tensors():
+                self._held = (key, make())
+        return self._held[1]
 
     def begin(
         self,
@@ -222,10 +242,15 @@ class DecodeStep:
         return held
 
     def run(
-        self, model: DecoderModel, rows: int, choice: Selection | None, shared: bool = False
+        self,
+        model: DecoderModel,
+        rows: int,
+        choice: Selection | None,
+        shared: bool = False,
+        appended: Appended | None = None,
     ) -> None:
-        """One step of the first `rows` rows. Without a `choice` it ends with the logits. `shared`:
-        the past is read through `key_rows`.
+        """One step of the first `rows` rows. Without a `choice` it ends with the logits, or with
+        what is `appended` to them. `shared`: the past is read through `key_rows`.
         """
         if choice is not None and choice.sample:
             # All slots, in one call a step, as torch.multinomial draws: the generator then is where
@@ -233,31 +258,63 @@ class DecodeStep:
             assert self.noise is not None
             self.noise.exponential_()
         if not self._graphs_work:
-            self._run(model, rows, choice, shared)
+            self._run(model, rows, choice, shared, appended)
             return
-        key = (rows, choice, self.min_len, shared)
+        min_len = 0 if choice is None else self.min_len
+        key = (rows, choice, min_len, shared, None if appended is None else appended.key)
         graph = self._graphs.get(key)
         if graph is not None:
-            graph.replay()
+            try:
+                graph.replay()
+            except RuntimeError as error:  # its first launch takes memory of its own
+                self._give_up_graphs("launch", error)
+                self._run(model, rows, choice, shared, appended)
             return
-        self._run(model, rows, choice, shared)  # also loads the kernels, which a capture must not
+        # Also loads the kernels, which a capture must not.
+        self._run(model, rows, choice, shared, appended)
         if len(self._graphs) >= MAX_GRAPHS:
             self._graphs.clear()
         try:
             graph = decode.Graph(self.device)
             with graph:
-                self._run(model, rows, choice, shared)
+                self._run(model, rows, choice, shared, appended)
         except RuntimeError as error:
-            self._graphs_work = False
-            warnings.warn(
-                f"eet_patch could not capture a decode step ({error}); it runs without a CUDA "
-                "graph, at the speed of its launches",
-                stacklevel=2,
-            )
+            self._give_up_graphs("capture", error)
         else:
             self._graphs[key] = graph
 
-    def _run(self, model: DecoderModel, rows: int, choice: Selection | None, shared: bool) -> None:
+    def _give_up_graphs(self, what: str, error: RuntimeError) -> None:
+        self._graphs_work = False
+        self._graphs.clear()  # the memory may be short
+        warnings.warn(
+            f"eet_patch could not {what} a decode step ({error}); it runs without a CUDA graph, at "
+            "the speed of its launches",
+            stacklevel=3,
+        )
+
+    def _run(
+        self,
+        model: DecoderModel,
+        rows: int,
+        choice: Selection | None,
+        shared: bool,
+        appended: Appended | None,
+    ) -> None:
+        try:
+            self._launch(model, rows, choice, shared, appended)
+        except RuntimeError as error:  # kernels are loaded at their first launch
+            if "cudaErrorMemoryAllocation" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
+
+    def _launch(
+        self,
+        model: DecoderModel,
+        rows: int,
+        choice: Selection | None,
+        shared: bool,
+        appended: Appended | None,
+    ) -> None:
         hidden_states, logits = self.hidden_states[:rows], self.logits[:rows]
         where = place(hidden_states)
         vocab_size, hidden_size = model.head_weight.shape
@@ -315,6 +372,8 @@ class DecodeStep:
             model.norm_eps,
             *where,
         )
+        if appended is not None:
+            appended.launch()
         if choice is None:
             return
         selection.launch_select_token(

@@ -6,6 +6,15 @@ from eet_patch.ops.attention import (
     masked_multi_head_attention,
     multi_head_attention,
 )
+from eet_patch.ops.beam_selection import top_candidates
+from eet_patch.ops.beam_state import (
+    BeamState,
+    beam_state,
+    begin_beams,
+    ended_sequences,
+    goes_on,
+)
+from eet_patch.ops.beam_step import beam_step
 from eet_patch.ops.decode import (
     DecodeLayer,
     decode_layers,
@@ -24,19 +33,24 @@ from eet_patch.ops.selection import (
     seen_tokens,
     select_token,
     select_token_workspace,
-    top_candidates,
 )
 
 __all__ = [
+    "BeamState",
     "DecodeLayer",
     "attention",
+    "beam_state",
+    "beam_step",
+    "begin_beams",
     "bias_activation",
     "bias_residual_layernorm",
     "cross_multi_head_attention",
     "decode_layers",
     "decode_layers_workspace",
     "embedding",
+    "ended_sequences",
     "ffn",
+    "goes_on",
     "layernorm",
     "linear",
     "masked_multi_head_attention",

@@ -79,3 +79,31 @@ def check_choice(value: object, choices: Collection[object], name: str) -> None:
     if value not in choices:
         listed = ", ".join(repr(c) for c in choices)
         raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+
+
+def check_rows_contiguous(tensor: Tensor, name: str) -> None:
+    if tensor.stride(1) != 1 and tensor.shape[1] > 1:
+        raise ValueError(f"{name} must have contiguous rows, got strides {tuple(tensor.stride())}")
+
+
+def check_buffer(
+    tensor: Tensor,
+    dtypes: Sequence[torch.dtype],
+    like: Tensor,
+    name: str,
+    shape: tuple[int, ...] | None = None,
+) -> None:
+    check_tensor(tensor, name)
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} must have dtype {wanted}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
+    if shape is not None:
+        check_shape(tensor, shape, name)
+        check_contiguous(tensor, name)
+
+
+def check_positive(number: float, name: str) -> None:
+    if not number > 0:
+        raise ValueError(f"{name} must be above 0, got {number}")

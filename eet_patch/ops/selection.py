@@ -1,4 +1,4 @@
-"""The choice of tokens: the next token of every row, and the best continuations of every beam.
+"""The choice of the next token of every row.
 
 The public functions check their arguments; `launch_...` do not, and are what a generation loop
 calls on buffers that it has made once. On the CPU, where a step's time is elsewhere, both run the
@@ -7,23 +7,20 @@ calls on buffers that it has made once. On the CPU, where a step's time is elsew
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from eet_patch.ops._extension import extension, place
 from eet_patch.ops.checks import (
+    check_buffer,
     check_contiguous,
     check_dim,
     check_operand,
-    check_shape,
-    check_tensor,
+    check_positive,
+    check_rows_contiguous,
 )
 from eet_patch.ops.launch import address
-from eet_patch.ops.torch_selection import WORD_BITS, torch_select_token, torch_top_candidates
-
-MAX_CANDIDATES = 64  # kMaxCandidates of csrc/ops.h
+from eet_patch.ops.torch_selection import WORD_BITS, torch_select_token
 
 
 def runs_in_torch(logits: Tensor) -> bool:
@@ -61,14 +58,6 @@ def select_token_workspace(logits: Tensor, samples: bool = True) -> Tensor:
     if runs_in_torch(logits):
         return torch.zeros(0, dtype=torch.uint8)
     size = extension().select_token_workspace_bytes(logits.shape[0], samples)
-    return torch.zeros(size, dtype=torch.uint8, device=logits.device)
-
-
-def top_candidates_workspace(logits: Tensor) -> Tensor:
-    """What `top_candidates` needs for the rows of `logits`, or fewer, zeroed; it is kept so."""
-    if runs_in_torch(logits):
-        return torch.zeros(0, dtype=torch.uint8)
-    size = extension().top_candidates_workspace_bytes(logits.shape[0])
     return torch.zeros(size, dtype=torch.uint8, device=logits.device)
 
 
@@ -142,10 +131,10 @@ def select_token(
         (repetition penalty); Fan et al. 2018, arXiv:1805.04833 (top_k); Holtzman et al. 2019,
         arXiv:1904.09751 (top_p); Nguyen et al. 2024, arXiv:2407.01082 (min_p).
     """
-    rows, vocab_size = _check_logits(logits)
-    _check_buffer(tokens, (torch.int64,), logits, "tokens")
+    rows, vocab_size = check_logits(logits)
+    check_buffer(tokens, (torch.int64,), logits, "tokens")
     check_dim(tokens, 2, "tokens")
-    _check_rows_contiguous(tokens, "tokens")
+    check_rows_contiguous(tokens, "tokens")
     num_slots = tokens.shape[0]
     if slots is None and num_slots < rows:
         raise ValueError(f"tokens must have at least {rows} rows, got shape {tuple(tokens.shape)}")
@@ -156,10 +145,10 @@ def select_token(
         (finished, (torch.bool, torch.uint8), (num_slots,), "finished"),
         (unfinished_count, (torch.int32,), (1,), "unfinished_count"),
     ):
-        _check_buffer(state, dtypes, logits, name, shape)
+        check_buffer(state, dtypes, logits, name, shape)
     if noise is not None:
-        _check_buffer(noise, (torch.float32,), logits, "noise", (num_slots, vocab_size))
-    _check_processors(
+        check_buffer(noise, (torch.float32,), logits, "noise", (num_slots, vocab_size))
+    check_processors(
         logits, num_slots, slots, seen, eos_token_ids, suppressed_tokens, repetition_penalty
     )
     for value, least, name in (
@@ -169,14 +158,14 @@ def select_token(
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    _check_positive(temperature, "temperature")
+    check_positive(temperature, "temperature")
     for number, name in ((top_p, "top_p"), (min_p, "min_p")):
         if not 0 <= number <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {number}")
     if workspace is None:
         workspace = select_token_workspace(logits, noise is not None)
     else:
-        _check_buffer(workspace, (torch.uint8,), logits, "workspace")
+        check_buffer(workspace, (torch.uint8,), logits, "workspace")
         check_contiguous(workspace, "workspace")
     launch_select_token(
         logits,
@@ -267,8 +256,8 @@ def launch_select_token(
         address(noise),
         rows,
         vocab_size,
-        _count(eos_token_ids),
-        _count(suppressed_tokens),
+        count_of(eos_token_ids),
+        count_of(suppressed_tokens),
         pad_token_id,
         min_len,
         top_k,
@@ -282,192 +271,22 @@ def launch_select_token(
     )
 
 
-def top_candidates(
-    logits: Tensor,
-    count: int,
-    row_scores: Tensor | None = None,
-    *,
-    slots: Tensor | None = None,
-    seen: Tensor | None = None,
-    lengths: Tensor | None = None,
-    eos_token_ids: Tensor | None = None,
-    suppressed_tokens: Tensor | None = None,
-    min_len: int = 0,
-    repetition_penalty: float = 1.0,
-    out: tuple[Tensor, Tensor] | None = None,
-    workspace: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Find the best continuations of every beam: the largest `log_softmax(logits) + row_scores`.
-
-    The repetition penalty, the suppressed tokens and min_len act on the log probabilities, before
-    the row's score is added, as in transformers' beam search; they are those of `select_token`.
-
-    Args:
-        logits: (rows, vocab_size); float32, float16 or bfloat16; each row contiguous.
-        count: how many of each row, in [1, min(64, vocab_size)].
-        row_scores: (rows,), float32, contiguous. None: 0.
-        slots: (rows,), int32, contiguous. Row r has slot `slots[r]` of `seen`, or r.
-        seen, eos_token_ids, suppressed_tokens, min_len, repetition_penalty: as of `select_token`.
-        lengths: (rows,), int32, contiguous: the position of the row's last token; required with
-            min_len.
-        out: scores and tokens to write to, as returned, contiguous. Default: new tensors.
-        workspace: of `top_candidates_workspace`; one call at a time. None: a new one.
-    Returns:
-        scores (rows, count), float32, and tokens (rows, count), int32: largest score first, of
-        equal ones the lowest token first, NaN above all.
-    Raises:
-        ValueError, TypeError: on a shape, dtype, device, layout or number other than these.
-    Source: the step of beam search (Graves 2012, arXiv:1211.3711).
-    """
-    rows, vocab_size = _check_logits(logits)
-    if not 1 <= count <= min(MAX_CANDIDATES, vocab_size):
-        raise ValueError(f"count must be in [1, {min(MAX_CANDIDATES, vocab_size)}], got {count}")
-    if row_scores is not None:
-        _check_buffer(row_scores, (torch.float32,), logits, "row_scores", (rows,))
-    if lengths is not None:
-        _check_buffer(lengths, (torch.int32,), logits, "lengths", (rows,))
-    elif min_len > 0:
-        raise ValueError("lengths must be given with min_len, got None")
-    if min_len < 0:
-        raise ValueError(f"min_len must be at least 0, got {min_len}")
-    num_slots = rows if seen is None or seen.dim() == 0 else seen.shape[0]
-    if slots is None and num_slots < rows:
-        raise ValueError(f"seen must have at least {rows} rows, got {num_slots}")
-    _check_processors(
-        logits, num_slots, slots, seen, eos_token_ids, suppressed_tokens, repetition_penalty
-    )
-    if out is None:
-        out = (
-            logits.new_empty(rows, count, dtype=torch.float32),
-            logits.new_empty(rows, count, dtype=torch.int32),
-        )
-    else:
-        _check_buffer(out[0], (torch.float32,), logits, "out[0]", (rows, count))
-        _check_buffer(out[1], (torch.int32,), logits, "out[1]", (rows, count))
-    if workspace is None:
-        workspace = top_candidates_workspace(logits)
-    else:
-        _check_buffer(workspace, (torch.uint8,), logits, "workspace")
-        check_contiguous(workspace, "workspace")
-    launch_top_candidates(
-        logits,
-        *out,
-        workspace,
-        row_scores=row_scores,
-        slots=slots,
-        seen=seen,
-        lengths=lengths,
-        eos_token_ids=eos_token_ids,
-        suppressed_tokens=suppressed_tokens,
-        min_len=min_len,
-        repetition_penalty=repetition_penalty,
-    )
-    return out
-
-
-def launch_top_candidates(
-    logits: Tensor,
-    scores_out: Tensor,
-    tokens_out: Tensor,
-    workspace: Tensor,
-    *,
-    row_scores: Tensor | None = None,
-    slots: Tensor | None = None,
-    seen: Tensor | None = None,
-    lengths: Tensor | None = None,
-    eos_token_ids: Tensor | None = None,
-    suppressed_tokens: Tensor | None = None,
-    min_len: int = 0,
-    repetition_penalty: float = 1.0,
-) -> None:
-    """`top_candidates` without its checks, into (rows, count) buffers. On CUDA it allocates nothing
-    and may be captured.
-    """
-    rows, count = scores_out.shape
-    if runs_in_torch(logits):
-        scores, tokens = torch_top_candidates(
-            logits,
-            count,
-            row_scores,
-            slots=slots,
-            seen=seen,
-            lengths=lengths,
-            eos_token_ids=eos_token_ids,
-            suppressed_tokens=suppressed_tokens,
-            min_len=min_len,
-            repetition_penalty=repetition_penalty,
-        )
-        scores_out.copy_(scores)
-        tokens_out.copy_(tokens)
-        return
-    extension().top_candidates(
-        scores_out.data_ptr(),
-        tokens_out.data_ptr(),
-        logits.data_ptr(),
-        logits.stride(0),
-        address(row_scores),
-        address(slots),
-        address(lengths),
-        address(seen),
-        address(eos_token_ids),
-        address(suppressed_tokens),
-        rows,
-        logits.shape[1],
-        _count(eos_token_ids),
-        _count(suppressed_tokens),
-        min_len,
-        count,
-        repetition_penalty,
-        workspace.data_ptr(),
-        workspace.numel(),
-        *place(logits),
-    )
-
-
-def _count(ids: Tensor | None) -> int:
+def count_of(ids: Tensor | None) -> int:
     return 0 if ids is None else ids.numel()
 
 
-def _check_logits(logits: Tensor) -> tuple[int, int]:
+def check_logits(logits: Tensor) -> tuple[int, int]:
     check_operand(logits, "logits")
     check_dim(logits, 2, "logits")
     if logits.shape[1] == 0:
         raise ValueError(
             f"logits must have a vocabulary of at least 1, got shape {tuple(logits.shape)}"
         )
-    _check_rows_contiguous(logits, "logits")
+    check_rows_contiguous(logits, "logits")
     return logits.shape[0], logits.shape[1]
 
 
-def _check_rows_contiguous(tensor: Tensor, name: str) -> None:
-    if tensor.stride(1) != 1 and tensor.shape[1] > 1:
-        raise ValueError(f"{name} must have contiguous rows, got strides {tuple(tensor.stride())}")
-
-
-def _check_buffer(
-    tensor: Tensor,
-    dtypes: Sequence[torch.dtype],
-    like: Tensor,
-    name: str,
-    shape: tuple[int, ...] | None = None,
-) -> None:
-    check_tensor(tensor, name)
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"{name} must have dtype {wanted}, got {tensor.dtype}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
-    if shape is not None:
-        check_shape(tensor, shape, name)
-        check_contiguous(tensor, name)
-
-
-def _check_positive(number: float, name: str) -> None:
-    if not number > 0:
-        raise ValueError(f"{name} must be above 0, got {number}")
-
-
-def _check_processors(
+def check_processors(
     logits: Tensor,
     num_slots: int,
     slots: Tensor | None,
@@ -478,10 +297,10 @@ def _check_processors(
 ) -> None:
     rows, vocab_size = logits.shape
     if slots is not None:
-        _check_buffer(slots, (torch.int32,), logits, "slots", (rows,))
+        check_buffer(slots, (torch.int32,), logits, "slots", (rows,))
     if seen is not None:
         num_words = -(-vocab_size // WORD_BITS)
-        _check_buffer(seen, (torch.int32,), logits, "seen", (num_slots, num_words))
+        check_buffer(seen, (torch.int32,), logits, "seen", (num_slots, num_words))
     elif repetition_penalty != 1:
         raise ValueError("seen must be given with repetition_penalty, got None")
     for ids, name in (
@@ -489,7 +308,7 @@ def _check_processors(
         (suppressed_tokens, "suppressed_tokens"),
     ):
         if ids is not None:
-            _check_buffer(ids, (torch.int64,), logits, name)
+            check_buffer(ids, (torch.int64,), logits, name)
             check_dim(ids, 1, name)
             check_contiguous(ids, name)
-    _check_positive(repetition_penalty, "repetition_penalty")
+    check_positive(repetition_penalty, "repetition_penalty")

@@ -1,12 +1,15 @@
-"""`select_token` and `top_candidates` in plain torch, unchecked, on any device: what the CPU runs.
+"""`select_token`, `top_candidates` and `beam_step` in plain torch, unchecked, on any device: what
+the CPU runs.
 
-Arguments are those of eet_patch/ops/selection.py.
+Arguments are those of eet_patch/ops/selection.py, beam_selection.py and beam_step.py.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from eet_patch.ops.beam_state import NEVER, BeamState, goes_on
 
 WORD_BITS = 32  # of a word of `seen`
 
@@ -104,6 +107,96 @@ def torch_top_candidates(
         values, tokens = scores.sort(descending=True, stable=True)
         values, tokens = values[:, :count], tokens[:, :count]
     return values, tokens.to(torch.int32)
+
+
+def torch_beam_step(
+    state: BeamState,
+    scores: Tensor,
+    candidate_tokens: Tensor,
+    tokens: Tensor,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    lengths: Tensor,
+    key_rows: Tensor,
+    seen: Tensor | None,
+    eos_token_ids: Tensor | None,
+    stop_when_full: bool,
+) -> None:
+    """`beam_step` in plain torch, unchecked, on any device; all state is written in place."""
+    batch, beams = state.running_scores.shape
+    if batch == 0:
+        return
+    kept = state.top_scores.shape[1]
+    step, limit = int(state.generated[0]), int(state.limit)
+    if step >= limit or (step > 0 and not goes_on(state.outlook[step - 1])):
+        return
+    is_last = step + 1 == limit
+    columns = slice(int(lengths[0]) - step, int(lengths[0]) + 1)
+    ended_penalty, running_penalty = state.length_penalties[:, step]
+
+    top_scores, at = _largest(scores.view(batch, -1), kept)
+    parents = at // scores.shape[1]
+    top_tokens = candidate_tokens.view(batch, -1).gather(1, at)
+    first_rows = torch.arange(0, batch * beams, beams, device=scores.device)[:, None]
+    paths = _take(key_rows.view(batch, beams, -1)[:, :, columns], parents)
+    paths[:, :, step] = (first_rows + parents).int()
+    hits = torch.full_like(top_tokens, is_last, dtype=torch.bool)
+    if eos_token_ids is not None:
+        hits |= torch.isin(top_tokens, eos_token_ids)
+    state.top_scores.copy_(top_scores)
+    state.top_parents.copy_(parents)
+
+    ends = hits.clone()
+    ends[:, beams:] = False  # the others are there to go on
+    final = top_scores / ended_penalty
+    if stop_when_full:
+        final = final + (state.has_ended != 0).all(1, keepdim=True) * NEVER
+    final = final + (state.improvable == 0)[:, None] * NEVER
+    final = final + ~ends * NEVER
+    ended_scores, best = _largest(torch.cat([state.ended_scores, final], 1), beams)
+    for held, new in (
+        (state.ended_indices[:, :, : step + 1], paths),
+        (state.ended_tokens, top_tokens),
+        (state.ended_lengths, torch.full_like(top_tokens, step + 1)),
+        (state.has_ended, ends.to(torch.uint8)),
+    ):
+        held.copy_(_take(torch.cat([held, new], 1), best))
+    state.ended_scores.copy_(ended_scores)
+
+    running_scores, best = _largest(top_scores + hits * NEVER, beams)
+    has_ended = state.has_ended != 0
+    worst = torch.where(has_ended, ended_scores.amin(1, keepdim=True), NEVER)
+    may_win = (running_scores[:, :1] / running_penalty > worst).any(1)
+    state.improvable.copy_((state.improvable != 0) & may_win)
+    is_full = has_ended.all(1) & stop_when_full
+    state.outlook[step] = state.improvable + 2 * ~hits.all(1) + 4 * ~is_full
+
+    state.generated.add_(1)
+    if is_last:
+        return
+    chosen = top_tokens.gather(1, best).view(-1).long()
+    key_rows.view(batch, beams, -1)[:, :, columns] = _take(paths, best)
+    state.running_scores.copy_(running_scores)
+    tokens[:, step] = chosen
+    input_ids.copy_(chosen)
+    position_ids += 1
+    lengths += 1
+    if seen is not None:
+        rows = torch.arange(batch * beams, device=scores.device)
+        seen.copy_(seen[(first_rows + parents.gather(1, best)).view(-1)])
+        seen[rows, chosen // WORD_BITS] |= (1 << chosen % WORD_BITS).to(torch.int32)
+
+
+def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """As topk, equal scores in the order given."""
+    values, at = scores.sort(dim=1, descending=True, stable=True)
+    return values[:, :count], at[:, :count]
+
+
+def _take(source: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (batch, n) of source (batch, m, ...)."""
+    wide = index.reshape(*index.shape, *(1,) * (source.dim() - 2))
+    return source.gather(1, wide.expand(*index.shape, *source.shape[2:]))
 
 
 def _slot_index(logits: Tensor, slots: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from helpers import assert_fell_back, batch_of, patched, tiny_gpt2, token_ids
 
 import eet_patch
+from eet_patch.ops.decode import Graph
 
 NAME = "gpt2_beam_search"
 LENGTHS = (9, 5, 7)
@@ -88,6 +89,42 @@ def test_lengths(device, length, new):
         assert torch.equal(generated(model, inputs, max_new_tokens=new), own)
 
 
+def test_one_graph_serves_prompts_of_any_length(monkeypatch):
+    """And any number of new tokens; another number of beams has one of its own."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch.cuda is not available")
+    model, device = tiny_gpt2("cuda"), torch.device("cuda", 0)
+    calls = []
+    for length, beams, new in ((9, 4, 20), (7, 4, 24), (20, 4, 9), (9, 2, 20)):
+        ids = token_ids(12 // beams, length, device, vocab_size=500)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        calls.append((inputs, {"num_beams": beams, "max_new_tokens": new, "min_new_tokens": 3}))
+    settings = {"eos_token_id": [3, 200], "repetition_penalty": 1.2}
+    owns = [generated(model, inputs, **settings, **call) for inputs, call in calls]
+    captured, enter = [], Graph.__enter__
+    monkeypatch.setattr(Graph, "__enter__", lambda graph: captured.append(0) or enter(graph))
+    counts = []
+    with patched(NAME):
+        for (inputs, call), own in zip(calls, owns, strict=True):
+            assert torch.equal(generated(model, inputs, **settings, **call), own)
+            counts.append(len(captured))
+    assert counts == [1, 1, 1, 2]
+
+
+def test_a_capture_that_fails_runs_without_a_graph(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("torch.cuda is not available")
+    model, inputs = tiny_gpt2("cuda"), inputs_of("left", torch.device("cuda", 0))
+    own = generated(model, inputs)
+
+    def fail(self):
+        raise RuntimeError("no graph today")
+
+    monkeypatch.setattr(Graph, "__enter__", fail)
+    with patched(NAME), pytest.warns(UserWarning, match="no graph today"):
+        assert torch.equal(generated(model, inputs), own)
+
+
 def test_many_prompts(device):
     model = tiny_gpt2(device)
     for batch in range(10):
@@ -130,6 +167,17 @@ def test_two_runs_give_the_same_bits(device, dtype):
         first.past_key_values.layers, again.past_key_values.layers, strict=True
     ):
         assert torch.equal(mine.keys, theirs.keys)
+
+
+def test_a_length_penalty_that_overflows():
+    """The host's own error, in the step in which it comes."""
+    model, inputs = tiny_gpt2(), inputs_of("left", torch.device("cpu"))
+    with pytest.raises(OverflowError):
+        generated(model, inputs, length_penalty=1e5)
+    with eet_patch.enabled():
+        with pytest.raises(OverflowError):
+            generated(model, inputs, length_penalty=1e5)
+        assert_fell_back(NAME, "the length penalty is beyond what a float holds")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 
-from eet_patch.ops.selection import seen_tokens, top_candidates, top_candidates_workspace
+from eet_patch.ops.beam_selection import top_candidates, top_candidates_workspace
+from eet_patch.ops.selection import seen_tokens
 
 INF = float("inf")
 LENGTH = 6

@@ -3,6 +3,7 @@ patch.
 """
 
 import copy
+import functools
 import io
 import logging
 import multiprocessing
@@ -17,9 +18,11 @@ from helpers import (
     assert_fell_back,
     assert_replaced,
     batch_of,
+    layers_of,
     patched,
     run_python,
     tiny_bert,
+    tiny_decoder,
     tiny_gpt2,
     token_ids,
 )
@@ -29,8 +32,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import eet_patch
 
 GRADIENTS = "gradients are needed"
-MODELS = [(tiny_bert, "bert_layer"), (tiny_gpt2, "gpt2_block")]
-both = pytest.mark.parametrize("make, name", MODELS)
+tiny_opt = functools.partial(tiny_decoder, "opt")
+tiny_neo = functools.partial(tiny_decoder, "gpt_neo")
+MODELS = [
+    (tiny_bert, "bert_layer"),
+    (tiny_gpt2, "gpt2_block"),
+    (tiny_opt, "opt_layer"),
+    (tiny_neo, "gpt_neo_block"),
+]
+both = pytest.mark.parametrize("make, name", MODELS, ids=[name for _, name in MODELS])
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -42,9 +52,9 @@ def training_step(make, device, **checkpointing):
     model = make(device=device, **head).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
-    layers = model.bert.encoder.layer if make is tiny_bert else model.transformer.h
+    layers = layers_of(model)
     runs = []
-    inner = layers[0].attention if make is tiny_bert else layers[0].ln_1
+    inner = next(layers[0].children())
     inner.register_forward_hook(lambda module, args, out: runs.append(torch.is_grad_enabled()))
     ids = token_ids(2, 6, device)
     torch.manual_seed(5)  # dropout is on
@@ -129,7 +139,7 @@ def test_a_layer_stack_compiles_as_one_graph(device, make, name):
     allows.
     """
     model = make(device=device)
-    layers = model.encoder.layer if make is tiny_bert else model.transformer.h
+    layers = layers_of(model)
 
     def stack(x):
         for layer in layers:
@@ -279,7 +289,7 @@ def test_accelerate_hooks_run_and_come_off(device, make, name):
             return (output[0] * 2, *output[1:]) if isinstance(output, tuple) else output * 2
 
     model, ids = make(device=device), token_ids(2, 6, device)
-    layer = model.encoder.layer[1] if make is tiny_bert else model.transformer.h[1]
+    layer = layers_of(model)[1]
     with torch.no_grad():
         plain = model(ids)[0]
         with eet_patch.enabled():
@@ -309,7 +319,7 @@ def test_accelerate_offload(tmp_path):
 @both
 def test_hooks_on_the_layer_itself_run_around_ours(device, make, name):
     model, ids = make(device=device), token_ids(2, 6, device)
-    layer = model.encoder.layer[0] if make is tiny_bert else model.transformer.h[0]
+    layer = layers_of(model)[0]
     seen = []
     layer.register_forward_pre_hook(lambda module, args: seen.append("before"))
     layer.register_forward_hook(lambda module, args, out: seen.append("after"))

@@ -10,11 +10,30 @@ import torch
 from helpers import assert_replaced, run_python, tiny_bert, tiny_gpt2, token_ids
 from made_up import MODULE, ONE, on
 from transformers.models.bert import modeling_bert
+from transformers.models.decision_transformer import modeling_decision_transformer
 from transformers.models.gpt2 import modeling_gpt2
+from transformers.models.gpt_bigcode import modeling_gpt_bigcode
+from transformers.models.gpt_neo import modeling_gpt_neo
+from transformers.models.opt import modeling_opt
 
 import eet_patch
 
-CLASSES = [modeling_bert.BertLayer, modeling_gpt2.GPT2Block]
+MODULES = (
+    modeling_bert,
+    modeling_gpt2,
+    modeling_decision_transformer,
+    modeling_opt,
+    modeling_gpt_neo,
+    modeling_gpt_bigcode,
+)
+CLASSES = [
+    modeling_bert.BertLayer,
+    modeling_gpt2.GPT2Block,
+    modeling_decision_transformer.DecisionTransformerGPT2Block,
+    modeling_opt.OPTDecoderLayer,
+    modeling_gpt_neo.GPTNeoBlock,
+    modeling_gpt_bigcode.GPTBigCodeBlock,
+]
 
 
 # --- real host: identity -------------------------------------------------------------------------
@@ -24,7 +43,7 @@ def class_dicts():
     """Every class of the patched modules with what stands in it."""
     return {
         (module.__name__, name): dict(vars(cls))
-        for module in (modeling_bert, modeling_gpt2)
+        for module in MODULES
         for name, cls in vars(module).items()
         if inspect.isclass(cls)
     }

@@ -3,15 +3,28 @@ call.
 """
 
 import copy
+import functools
 
 import pytest
 import torch
-from helpers import assert_replaced, batch_of, patched, tiny_bert, tiny_gpt2, token_ids
+from helpers import (
+    DECODERS,
+    assert_replaced,
+    batch_of,
+    layers_of,
+    patched,
+    tiny_bert,
+    tiny_decoder,
+    tiny_gpt2,
+    token_ids,
+)
 from torch import nn
 
 import eet_patch
 
 MODELS = {"bert": (tiny_bert, "bert_layer"), "gpt2": (tiny_gpt2, "gpt2_block")}
+for _kind in ("opt", "gpt_neo", "gpt_bigcode"):
+    MODELS[_kind] = (functools.partial(tiny_decoder, _kind), DECODERS[_kind][1])
 
 
 @pytest.fixture(params=MODELS)
@@ -46,7 +59,7 @@ def test_every_tensor_stays_where_it_is(kind, device, dtype):
     with patched(name):
         for batch, length in ((1, 1), (2, 70)):
             last_hidden(model, token_ids(batch, length, device))
-        if kind == "gpt2":
+        if kind != "bert":
             model.generate(**batch_of("left", device), max_new_tokens=5, do_sample=False)
         assert fingerprint(model) == before
     assert fingerprint(model) == before
@@ -111,9 +124,10 @@ def test_weights_shared_between_layers(device):
 
 def inner_weight(model):
     """A weight that only the replaced layer reads."""
-    if hasattr(model, "transformer"):
-        return model.transformer.h[1].mlp.c_fc
-    return model.encoder.layer[1].attention.self.value
+    layer = layers_of(model)[1]
+    if hasattr(layer, "mlp"):
+        return layer.mlp.c_fc
+    return layer.fc1 if hasattr(layer, "fc1") else layer.attention.self.value
 
 
 def assert_seen(model, name, device, change):

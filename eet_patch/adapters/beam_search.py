@@ -1,9 +1,10 @@
-"""GPT2LMHeadModel's beam search (`_beam_search`) of transformers 4.56 to 5.23: the context once for
-all beams of a prompt, then steps over fixed buffers.
+"""Beam search (`_beam_search`) of decoders with a language model head, of transformers 4.56 to
+5.23: the context once for all beams of a prompt, then steps over fixed buffers.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,19 +12,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eet_patch.adapters.gpt2_decoder import (
+from eet_patch.adapters.decoder import (
     Context,
+    DecoderKind,
     call_reason,
     context_of,
-    describe,
+    decoder_of,
     head_weight_of,
-    model_reason,
+    restored_out_of_memory,
 )
 from eet_patch.generation import pool
 from eet_patch.generation.beam import BeamOptions, search
 from eet_patch.generation.processors import selection_of, stopping_of, unpenalised_tokens
 from eet_patch.generation.step import DecoderModel, DecodeStep, Selection
-from eet_patch.ops.selection import MAX_CANDIDATES
+from eet_patch.ops.beam_state import MAX_CANDIDATES
 from eet_patch.patching import Adapter
 
 
@@ -34,22 +36,22 @@ class Plan(NamedTuple):
     options: BeamOptions
 
 
-def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
-    module = sys.modules[cls.__module__]
-    block_cls, model_cls = module.GPT2Block, module.GPT2Model  # type: ignore[attr-defined]
-
+def adapter(kind: DecoderKind, cls: type, original: Callable[..., Any]) -> Adapter:
     def plan(model: Any, arguments: dict[str, Any]) -> Plan | str:
         config = arguments["generation_config"]
-        reason = call_reason(model, arguments, config) or model_reason(model, model_cls, block_cls)
+        reason = call_reason(model, arguments, config)
         if reason is not None:
             return reason
+        decoder = decoder_of(model, kind)
+        if isinstance(decoder, str):
+            return decoder
         if config.do_sample:
             return "beam search draws samples"
         if config.return_dict_in_generate and (config.output_scores or config.output_logits):
             return "scores or logits of each step of a beam search were asked for"
         if getattr(config, "low_memory", None) or config.num_beams < 2:
             return "the beam search is of another kind"
-        context = context_of(model, arguments)
+        context = context_of(decoder, arguments)
         if isinstance(context, str):
             return context
         stopping = stopping_of(arguments["stopping_criteria"])
@@ -74,8 +76,12 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         if isinstance(choice, str):
             return choice
         num_beams, kept = config.num_beams, max(2, 1 + len(eos)) * config.num_beams
-        if kept > MAX_CANDIDATES or kept > model.config.vocab_size:
+        if kept > MAX_CANDIDATES or kept > decoder.model.vocab_size:
             return f"{kept} continuations are kept in each step"
+        try:
+            _ = context.new_tokens ** float(config.length_penalty)
+        except OverflowError:
+            return "the length penalty is beyond what a float holds"
         prompts = input_ids.view(-1, num_beams, input_ids.shape[1])
         if not bool((prompts == prompts[:, :1]).all()):
             return "the beams of a prompt differ"
@@ -90,9 +96,13 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
             input_ids.shape[1],
             context.max_length,
         )
-        return Plan(describe(model), context, choice, options)
+        return Plan(decoder.model, context, choice, options)
 
     def forward(plan: Plan, model: Any, arguments: dict[str, Any]) -> Any:
+        with restored_out_of_memory(arguments):
+            return run(plan, model, arguments)
+
+    def run(plan: Plan, model: Any, arguments: dict[str, Any]) -> Any:
         config, context, beams = (
             arguments["generation_config"],
             plan.context,
@@ -102,13 +112,13 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         if past is None:
             past = sys.modules["transformers.cache_utils"].DynamicCache(config=model.config)  # type: ignore[attr-defined]
         rows = input_ids.shape[0]
-        # All memory is taken before anything is done: out of it, the original runs.
+        # Most memory is taken before anything is done: out of it, the original runs.
         step = pool.borrow(model, plan.model, rows, context.kv_len + context.new_tokens)
         try:
             prompts = input_ids[::beams]
             logits = _context_logits(model, arguments, prompts, context.starts[::beams], past)
             _take_context(step, past, context.kv_len, beams)
-            state, generated, key_rows = search(
+            found = search(
                 step,
                 plan.model,
                 plan.choice,
@@ -121,15 +131,13 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
                 unpenalised_tokens(arguments["logits_processor"]),
             )
             if config.return_dict_in_generate:
-                _hand_over(step, past, key_rows, context.kv_len + generated - 1)
+                _hand_over(step, past, found.key_rows, context.kv_len + found.generated - 1)
             else:
                 past.layers.clear()
         finally:
             pool.give_back(model, plan.model, step)
         count = config.num_return_sequences
-        sequences, indices = (
-            t[:, :count].flatten(0, 1) for t in (state.ended, state.ended_indices)
-        )
+        sequences, indices = (t[:, :count].flatten(0, 1) for t in (found.sequences, found.indices))
         longest = int((indices >= 0).sum(1).max())
         sequences = sequences[:, : plan.options.first + longest]
         if not config.return_dict_in_generate:
@@ -160,14 +168,17 @@ def _context_logits(
     positions = torch.arange(prompts.shape[1], device=prompts.device) - starts[:, None]
     mask = arguments.get("attention_mask")
     num_beams = arguments["input_ids"].shape[0] // prompts.shape[0]
+    # Not every model could be asked for the last logits alone before 5.0.
+    can = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    last_alone = {"logits_to_keep": 1} if can else {}
     outputs = model(
         input_ids=prompts,
         attention_mask=None if mask is None else mask[::num_beams],
         position_ids=positions.clamp(min=0),
         past_key_values=past,
         use_cache=True,
-        logits_to_keep=1,
         return_dict=True,
+        **last_alone,
     )
     return outputs.logits[:, -1].contiguous()
 

@@ -1,4 +1,5 @@
-"""GPT2LMHeadModel's greedy search and sampling (`_sample`) of transformers 4.56 to 5.23.
+"""Greedy search and sampling (`_sample`) of decoders with a language model head, of transformers
+4.56 to 5.23.
 
 The first token is the host's: its own loop runs the context, in one pass, and chooses. From the
 second token on the steps run over fixed buffers; where every logits processor and stopping
@@ -16,13 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from eet_patch.adapters.gpt2_decoder import (
+from eet_patch.adapters.decoder import (
     Context,
+    DecoderKind,
     call_reason,
     context_of,
-    describe,
+    decoder_of,
     head_weight_of,
-    model_reason,
+    restored_out_of_memory,
 )
 from eet_patch.generation import pool
 from eet_patch.generation.loop import decode_on_device, decode_with_host
@@ -37,16 +39,16 @@ class Plan(NamedTuple):
     choice: Selection | None  # None: the host's own objects choose
 
 
-def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
-    module = sys.modules[cls.__module__]
-    block_cls, model_cls = module.GPT2Block, module.GPT2Model  # type: ignore[attr-defined]
-
+def adapter(kind: DecoderKind, cls: type, original: Callable[..., Any]) -> Adapter:
     def plan(model: Any, arguments: dict[str, Any]) -> Plan | str:
         config = arguments["generation_config"]
-        reason = call_reason(model, arguments, config) or model_reason(model, model_cls, block_cls)
+        reason = call_reason(model, arguments, config)
         if reason is not None:
             return reason
-        context = context_of(model, arguments)
+        decoder = decoder_of(model, kind)
+        if isinstance(decoder, str):
+            return decoder
+        context = context_of(decoder, arguments)
         if isinstance(context, str):
             return context
         stopping = stopping_of(arguments["stopping_criteria"])
@@ -61,12 +63,16 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
                 None if pad is None else int(pad),
                 arguments["input_ids"].shape[1] + 1,
             )
-        return Plan(describe(model), context, None if isinstance(choice, str) else choice)
+        return Plan(decoder.model, context, None if isinstance(choice, str) else choice)
 
     def forward(plan: Plan, model: Any, arguments: dict[str, Any]) -> Any:
+        with restored_out_of_memory(arguments):
+            return run(plan, model, arguments)
+
+    def run(plan: Plan, model: Any, arguments: dict[str, Any]) -> Any:
         input_ids, kv_len = arguments["input_ids"], plan.context.kv_len
         batch_size, length = input_ids.shape
-        # All memory is taken before anything is done: out of it, the original runs.
+        # Most memory is taken before anything is done: out of it, the original runs.
         step = pool.borrow(model, plan.model, batch_size, kv_len + plan.context.new_tokens)
         try:
             result = _first_token(original, model, arguments, length)
@@ -84,6 +90,10 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
             else:
                 result = _with_host(plan, step, arguments, result)
             _hand_over(step, past, kv_len + result.sequences.shape[1] - length - 1)
+        except torch.OutOfMemoryError as error:
+            if arguments.get("streamer") is not None:
+                error.eet_patch_committed = True  # type: ignore[attr-defined]  # it has tokens
+            raise
         finally:
             pool.give_back(model, plan.model, step)
         if arguments["generation_config"].return_dict_in_generate:

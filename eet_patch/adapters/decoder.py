@@ -1,22 +1,18 @@
-"""What the loops over GPT2LMHeadModel share: whether a call of generate() and a model are ones that
-they know, and where the model's parameters lie.
+"""What the loops over decoders with a language model head share: whether a call of generate() and a
+model are ones that they know, and where the model's parameters lie. What differs from model to
+model is a `DecoderKind`, which stands beside the adapter of the model's layer.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from eet_patch.adapters import gpt2
-from eet_patch.adapters.host import (
-    activation_of,
-    attention_implementation,
-    is_recording_hook,
-    linear_reason,
-    norm_reason,
-)
+from eet_patch.adapters.host import is_recording_hook, linear_reason, norm_reason
 from eet_patch.gates import parameter_reason, submodule_reason
 from eet_patch.generation.step import DecoderModel
 from eet_patch.ops.decode import DecodeLayer
@@ -32,6 +28,52 @@ OWN_ARGUMENTS = frozenset(
 )
 # What transformers' loop calls between two tokens, and ours does not.
 HOOK_METHODS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+
+
+class Parts(NamedTuple):
+    """A model's modules by their roles in a step, which skips all of them."""
+
+    between: tuple[tuple[Any, type], ...]  # from beside the head down to what holds the layers
+    words: Any
+    positions: tuple[Any, type]
+    first_position: int  # the row of the table that stands for position 0
+    norm: Any  # the last one
+    layers: Iterable[Any]
+    layer_cls: type
+
+
+class Layer(NamedTuple):
+    """A layer in the terms of a step."""
+
+    parameters: DecodeLayer  # the caches are a step's own
+    num_heads: int
+    activation: str | None
+    eps: tuple[float, float]
+    in_out: bool
+    window: int | None = None  # keys that it sees at most, the token itself among them
+
+
+class DecoderKind(NamedTuple):
+    """What the loops have to be told of a class of models.
+
+    Attributes:
+        parts: (model) -> its modules, or the reason, as text, why the loops can't take it.
+        layer: (layer, like) -> the layer, or a reason; its type and hooks are checked before.
+    """
+
+    parts: Callable[[Any], Parts | str]
+    layer: Callable[[Any, Tensor], Layer | str]
+
+
+class Decoder(NamedTuple):
+    """A model that the loops can take."""
+
+    model: DecoderModel
+    positions: int
+    window: int | None  # the narrowest of the layers'
+
+
+NO_CACHE_YET = torch.empty(0)  # in a layer's parameters: a step fills in its own
 
 
 class Context(NamedTuple):
@@ -51,7 +93,7 @@ def head_weight_of(model: Any, arguments: dict[str, Any]) -> Any:
     return head._parameters.get("weight") if isinstance(head, nn.Linear) else None
 
 
-def context_of(model: Any, arguments: dict[str, Any]) -> Context | str:
+def context_of(decoder: Decoder, arguments: dict[str, Any]) -> Context | str:
     """The context of a call that passed `call_reason`, or why the loops can't take it."""
     config = arguments["generation_config"]
     input_ids, mask = arguments["input_ids"], arguments.get("attention_mask")
@@ -71,8 +113,10 @@ def context_of(model: Any, arguments: dict[str, Any]) -> Context | str:
     if max_length is None:
         return "no maximum length is set"
     new_tokens = max_length - input_ids.shape[1]
-    if kv_len + new_tokens - 1 > model.config.n_positions:
+    if kv_len + new_tokens - 1 > decoder.positions:
         return "the maximum length is beyond the model's positions"
+    if decoder.window is not None and kv_len + new_tokens - 1 > decoder.window:
+        return "the maximum length is beyond the window of a local layer"
     if new_tokens < 2:
         return "a single token is asked for"
     fresh = past_length(arguments) == 0
@@ -147,124 +191,122 @@ def context_length(arguments: dict[str, Any], config: Any) -> int | None:
     return (arguments["input_ids"] if embeds is None else embeds).shape[1]
 
 
-def model_reason(model: Any, model_cls: type, block_cls: type) -> str | None:
-    """What of the model the loop would skip, or can't read in place."""
+def decoder_of(model: Any, kind: DecoderKind) -> Decoder | str:
+    """The model in the terms of a step, or what of it the loops would skip or can't read in
+    place.
+    """
     if getattr(model, "model_parallel", False):
         return "model.parallelize() is in force"
     for name in HOOK_METHODS:
         method = getattr(type(model), name)
         if name in vars(model) or not method.__module__.startswith("transformers."):
             return f"{name} was replaced"
+    parts = kind.parts(model)
+    if isinstance(parts, str):
+        return parts
     head: Any = model._modules["lm_head"]
-    beneath: Any = model._modules["transformer"]
-    kind = type(beneath)
-    if kind is not model_cls:
-        return f"the model is a {kind.__name__}"
+    reason = _parts_reason(model, head, parts)
+    if reason is not None:
+        return reason
+    like = head._parameters["weight"]
+    layers: list[Layer] = []
+    for module in parts.layers:
+        reason = submodule_reason(module, parts.layer_cls, is_recording_hook)
+        if reason is not None:
+            return reason
+        layer = kind.layer(module, like)
+        if isinstance(layer, str):
+            return layer
+        layers.append(layer)
+    if not layers:
+        return "the model has no layers"
+    first = layers[0]
+    widths = {layer.parameters.fc1_weight.shape for layer in layers}
+    alike = {(layer.num_heads, layer.activation, *layer.eps, layer.in_out) for layer in layers}
+    if len(alike) != 1 or len(widths) != 1:
+        return "the layers differ in their sizes"
+    if first.activation is None:
+        return "there is no kernel for the activation"
+    if {*first.eps, parts.norm.eps} != {first.eps[0]}:
+        return "the layer norms differ in eps"
+    positions, _ = parts.positions
+    table, norm = positions._parameters["weight"], parts.norm._parameters
+    windows = [layer.window for layer in layers if layer.window is not None]
+    described = DecoderModel(
+        tuple(layer.parameters for layer in layers),
+        parts.words._parameters["weight"],
+        table[parts.first_position :] if parts.first_position else table,
+        norm["weight"],
+        norm["bias"],
+        like,
+        first.num_heads,
+        first.activation,
+        parts.norm.eps,
+        first.in_out,
+    )
+    most = min(model.config.max_position_embeddings, table.shape[0] - parts.first_position)
+    return Decoder(described, most, min(windows) if windows else None)
+
+
+def _parts_reason(model: Any, head: Any, parts: Parts) -> str | None:
+    """What of the modules around the layers a step would skip, or can't read in place."""
     like = head._parameters["weight"]
     vocab_size, hidden_size = like.shape
-    parts = beneath._modules
+    for module, cls in parts.between:
+        if type(module) is not cls:
+            return f"the model is a {type(module).__name__}"
+    positions, position_cls = parts.positions
     reason = (
         submodule_reason(model, type(model))
         or submodule_reason(head, nn.Linear)
         or linear_reason(head, like, hidden_size, vocab_size)
         or ("the output embedding has a bias" if head._parameters["bias"] is not None else None)
-        or submodule_reason(beneath, model_cls)
-        or submodule_reason(parts["wte"], nn.Embedding)
-        or submodule_reason(parts["wpe"], nn.Embedding)
-        or submodule_reason(parts["ln_f"], nn.LayerNorm)
-        or norm_reason(parts["ln_f"], like, hidden_size)
-        or (
-            "dropout is active (the model is in training mode); call model.eval() for inference"
-            if beneath.training and parts["drop"].p
-            else None
-        )
+        or submodule_reason(parts.words, nn.Embedding)
+        or submodule_reason(positions, position_cls)
+        or submodule_reason(parts.norm, nn.LayerNorm)
+        or norm_reason(parts.norm, like, hidden_size)
     )
-    for name in ("wte", "wpe"):
-        embedding: Any = parts[name]
+    for module, cls in parts.between:
+        reason = reason or submodule_reason(module, cls)
+    for embedding in (parts.words, positions):
         weight = embedding._parameters.get("weight")
         reason = reason or parameter_reason(weight, like, (embedding.num_embeddings, hidden_size))
         if reason is None and embedding.max_norm is not None:
             reason = "an embedding renormalises its rows"
-    if reason is not None:
-        return reason
-    sizes = set()
-    blocks: Any = parts["h"]
-    for layer in blocks:
-        reason = submodule_reason(layer, block_cls, is_recording_hook) or gpt2.layer_reason(
-            layer, like
-        )
-        if reason is not None:
-            return reason
-        if "crossattention" in layer._modules:
-            return "the model has cross-attention"
-        attn, mlp = layer._modules["attn"], layer._modules["mlp"]
-        implementation = attention_implementation(attn.config)
-        if " " in implementation:
-            return implementation
-        if implementation == "eager" and attn.reorder_and_upcast_attn:
-            return "reorder_and_upcast_attn is set"
-        norms = layer._modules["ln_1"], layer._modules["ln_2"]
-        sizes.add(
-            (attn.num_heads, activation_of(mlp.act), mlp._modules["c_fc"].nf)
-            + tuple(norm.eps for norm in norms)
-        )
-    if len(sizes) != 1:
-        return "the layers differ in their sizes"
-    activation, eps = next(iter(sizes))[1], next(iter(sizes))[3:]
-    if activation is None:
-        return "there is no kernel for the activation"
-    if {*eps, parts["ln_f"].eps} != {eps[0]}:
-        return "the layer norms differ in eps"
-    return None
-
-
-def describe(model: Any) -> DecoderModel:
-    beneath = model._modules["transformer"]
-    parts = beneath._modules
-    nothing = torch.empty(0)
-    layers = []
-    for layer in parts["h"]:
-        modules = layer._modules
-        attn, mlp = modules["attn"], modules["mlp"]
-        ln_1, ln_2 = modules["ln_1"]._parameters, modules["ln_2"]._parameters
-        c_attn, c_proj = attn._modules["c_attn"]._parameters, attn._modules["c_proj"]._parameters
-        fc, proj = mlp._modules["c_fc"]._parameters, mlp._modules["c_proj"]._parameters
-        layers.append(
-            DecodeLayer(
-                ln_1["weight"],
-                ln_1["bias"],
-                (c_attn["weight"],),
-                (c_attn["bias"],),
-                c_proj["weight"],
-                c_proj["bias"],
-                ln_2["weight"],
-                ln_2["bias"],
-                fc["weight"],
-                fc["bias"],
-                proj["weight"],
-                proj["bias"],
-                nothing,
-                nothing,
-                gpt2.softmax_scale(attn, attention_implementation(attn.config)),
-            )
-        )
-    first = parts["h"][0]._modules
-    ln_f = parts["ln_f"]
-    return DecoderModel(
-        tuple(layers),
-        parts["wte"]._parameters["weight"],
-        parts["wpe"]._parameters["weight"],
-        ln_f._parameters["weight"],
-        ln_f._parameters["bias"],
-        model._modules["lm_head"]._parameters["weight"],
-        first["attn"].num_heads,
-        activation_of(first["mlp"].act),
-        ln_f.eps,
-        True,
-    )
+    return reason
 
 
 def longest(criteria: Any) -> int | None:
     """The length of a sequence that no row passes."""
     lengths = [c.max_length for c in criteria if type(c).__name__ == "MaxLengthCriteria"]
     return min(lengths) if lengths else None
+
+
+@contextlib.contextmanager
+def restored_out_of_memory(arguments: dict[str, Any]) -> Iterator[None]:
+    """An out-of-memory that leaves the scope leaves the cache and the generator of the call as they
+    were, so that the original can run all of it; one marked with `eet_patch_committed` is let go.
+    """
+    past, device = arguments.get("past_key_values"), arguments["input_ids"].device
+    layers = [] if past is None else list(past.layers)
+    # What a layer holds is appended to behind its end, or replaced: never written over.
+    states = [dict(vars(layer)) for layer in layers]
+    generator: torch.Generator | None = None
+    if arguments["generation_config"].do_sample:
+        on_gpu = device.type == "cuda"
+        generator = (
+            torch.cuda.default_generators[device.index] if on_gpu else torch.default_generator
+        )
+    drawn = torch.empty(0) if generator is None else generator.get_state()
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if not getattr(error, "eet_patch_committed", False):
+            if past is not None:
+                past.layers[:] = layers
+            for layer, state in zip(layers, states, strict=True):
+                vars(layer).clear()
+                vars(layer).update(state)
+            if generator is not None:
+                generator.set_state(drawn)
+        raise

@@ -1,0 +1,454 @@
+// Skinny product for fp16 and bf16 on sm_90 and later: the weights are the m = 16 operand of
+// mma.m16n8k16 and the rows of the batch its n = 8, so that few rows waste nothing. A warp of its
+// own streams the weights through a ring in shared memory by bulk tensor copies. It fills the ring,
+// and brings what follows to L2, before the kernel ahead has ended (programmatic dependent launch):
+// the memory stays busy while the short chain of dependent steps runs that makes the input. K is
+// split over the blocks of a cluster where the tiles alone would not fill the chip; partial sums
+// are pushed to the block that finishes the row and added in a fixed order. With few rows a launch
+// costs what its instructions after the wait cost: whatever can be worked out before stands before.
+#pragma once
+
+#include "common/bulk_copy.cuh"
+#include "common/mma.cuh"
+#include "cuda/linear_params.cuh"
+
+namespace eet_patch::cuda {
+
+constexpr int kStreamWarps = 4;  // each of them multiplies 16 columns of a tile
+constexpr int kStreamWorkers = kStreamWarps * kWarpSize;
+constexpr int kStreamThreads = kStreamWorkers + kWarpSize;
+
+struct LinearMaps {
+  CUtensorMap weight[3];
+};
+
+// kRows (8, 16, 32 or 64) bounds the rows of the batch.
+template <int kRows>
+struct StreamTile {
+  static constexpr int kChunkK = 64;  // a chunk is kNormTile columns of kChunkK k: 8 KB
+  static constexpr int kChunkBytes = kNormTile * kChunkK * 2;
+  static constexpr int kMaxStages = 12;
+  // Chunks behind the ring that come to L2 ahead: with few rows more were no faster on an H200.
+  static constexpr int kPrefetchChunks = kRows <= 8 ? 0 : 8;
+  static constexpr int kRowGroups = kRows / 8;      // products of n = 8
+  static constexpr int kPad = 8;                    // elements; keeps fragments off shared banks
+  static constexpr int kSumStride = kNormTile + 4;  // likewise
+  static constexpr int kSmallBytes =
+      (2 * kMaxStages + 1) * 8 + 2 * kRows * 4;  // barriers, statistics
+
+  // Partial sums that one block receives: of its rows, from every rank.
+  __host__ __device__ static constexpr int sum_bytes(int rows, int ranks) {
+    return (rows + ranks - 1) / ranks * ranks * kSumStride * 4;
+  }
+  // The input's columns, and weight and bias of its layer norm.
+  __host__ __device__ static constexpr int panel_bytes(int rows, int panel_k, bool norm) {
+    return (rows * (panel_k + kPad) + (norm ? 2 * panel_k : 0)) * 2;
+  }
+};
+
+// Mean and 1 / sqrt(variance + eps) of every input row, by kStreamWorkers / kRows lanes, from what
+// the producer left of each tile of it. Sums run about the first tile's mean, so that a large mean
+// takes no digits away. The pointer is that of this lane's row, and stands before the wait for the
+// producer.
+template <typename T, int kRows>
+__device__ __forceinline__ void merged_statistics(const LinearParams<T>& p, const float2* partials,
+                                                  float* means, float* scales) {
+  constexpr int kLanes = kStreamWorkers / kRows;
+  constexpr int kTogether = 4;
+  const int part = threadIdx.x % kLanes;
+  const int tiles = (p.in_features + kNormTile - 1) / kNormTile;
+  const float last_count = p.in_features - (tiles - 1) * kNormTile;
+  const float shift = __ldcg(partials).x;
+  float sum = 0.0f, squares = 0.0f;
+#pragma unroll 1
+  for (int first = part; first < tiles; first += kTogether * kLanes) {
+    float2 loaded[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      if (first + i * kLanes < tiles) loaded[i] = __ldcg(partials + first + i * kLanes);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      if (first + i * kLanes < tiles) {
+        const float count = first + i * kLanes == tiles - 1 ? last_count : float(kNormTile);
+        const float delta = loaded[i].x - shift, weighted = count * delta;
+        sum += weighted;
+        squares += fmaf(weighted, delta, loaded[i].y);
+      }
+    }
+  }
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    sum += __shfl_xor_sync(kFullMask, sum, offset);
+    squares += __shfl_xor_sync(kFullMask, squares, offset);
+  }
+  const int row = threadIdx.x / kLanes;
+  if (part == 0 && row < p.rows) {
+    const float inverse = __fdividef(1.0f, float(p.in_features)), mean = sum * inverse;
+    means[row] = shift + mean;
+    scales[row] = rsqrtf(fmaxf(fmaf(-mean, mean, squares * inverse), 0.0f) + p.norm_eps);
+  }
+}
+
+__device__ __forceinline__ void workers_sync() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kStreamWorkers) : "memory");
+}
+
+// A block (or cluster) owns tiles of kNormTile output columns and walks them, a cluster one alone;
+// each rank of a cluster owns k_per_rank consecutive k. Dynamic shared memory: the ring, the
+// block's part of the input, normalised, `panel_k` columns at a time (all of them where they fit,
+// else staged again on the way), partial sums, barriers. Limits: rows <= kRows, in_features (and
+// out_features when kInOut) multiples of 8, 16-byte aligned operands. Moves every weight once.
+template <typename T, int kRows, bool kInOut>
+__global__ void __launch_bounds__(kStreamThreads, kRows <= 8 ? 4 : kRows <= 16 ? 3 : 2)
+    linear_stream_kernel(const LinearParams<T> p, const __grid_constant__ LinearMaps maps,
+                         int panel_k, int k_per_rank, int ring_stages) {
+#if __CUDA_ARCH__ >= 900
+  using Tile = StreamTile<kRows>;
+  constexpr int kVector = kVectorSize<T>;
+  constexpr int kSlots = (kRows + kStreamWarps - 1) / kStreamWarps;  // rows a warp may finish
+  extern __shared__ __align__(kBoxAlignment) unsigned char shared[];
+
+  const int rank = cluster_rank(), ranks = cluster_size();
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const bool norm = p.norm_weight != nullptr;
+  const int panel_stride = panel_k + Tile::kPad;
+  const uint32_t ring_address = shared_address(shared);
+  T* panel = reinterpret_cast<T*>(shared + ring_stages * Tile::kChunkBytes);
+  T* norm_weight = panel + p.rows * panel_stride;
+  T* norm_bias = norm_weight + panel_k;
+  unsigned char* after =
+      reinterpret_cast<unsigned char*>(panel) + Tile::panel_bytes(p.rows, panel_k, norm);
+  float* sums = reinterpret_cast<float*>(after);
+  after += Tile::sum_bytes(p.rows, ranks);
+  const uint32_t full = shared_address(after), empty = full + Tile::kMaxStages * 8,
+                 arrived = empty + Tile::kMaxStages * 8;
+  float* means = reinterpret_cast<float*>(after + (2 * Tile::kMaxStages + 1) * 8);
+  float* scales = means + kRows;
+
+  const int k_begin = rank * k_per_rank, k_end = min(p.in_features, k_begin + k_per_rank);
+  const int chunks = (k_end - k_begin + Tile::kChunkK - 1) / Tile::kChunkK;
+  const int tiles_per_weight = (p.out_features + kNormTile - 1) / kNormTile;
+  const int tiles = tiles_per_weight * p.num_weights;
+  const int tile_step = gridDim.x / ranks;
+  int tile = blockIdx.x / ranks;
+  auto weight_of = [&](int t) { return (t >= tiles_per_weight) + (t >= 2 * tiles_per_weight); };
+
+  // The producer: lines of a chunk are rows of its k (in, out) or of its columns (out, in).
+  int load_tile = tile, load_chunk = 0, load_count = 0;
+  auto with_box = [&](int t, int chunk, auto&& function) {
+    const int which = weight_of(t), column = (t - which * tiles_per_weight) * kNormTile;
+    const int k = k_begin + chunk * Tile::kChunkK;
+    function(maps.weight + which, kInOut ? column : k, kInOut ? k : column);
+  };
+  auto load = [&](int stage) {
+    const uint32_t barrier = full + stage * 8;
+    barrier_expect(barrier, Tile::kChunkBytes);
+    with_box(load_tile, load_chunk, [&](const CUtensorMap* map, int inner, int outer) {
+      copy_box(ring_address + stage * Tile::kChunkBytes, map, inner, outer, barrier);
+    });
+    ++load_count;
+    if (++load_chunk == chunks) load_chunk = 0, load_tile += tile_step;
+  };
+  const bool is_producer = threadIdx.x == kStreamWorkers;
+  if (is_producer) {
+    for (int i = 0; i < ring_stages; ++i) {
+      barrier_init(full + i * 8, 1);
+      barrier_init(empty + i * 8, kStreamWarps);
+    }
+    const int own_rows = p.rows > rank ? (p.rows - rank + ranks - 1) / ranks : 0;
+    barrier_init(arrived, 1);
+    barrier_init_fence();
+    for (int i = 0; i < ring_stages && load_tile < tiles; ++i) load(i);
+    barrier_expect(arrived, own_rows * ranks * kNormTile * 4);
+    if (Tile::kPrefetchChunks > 0 && load_tile == tile) {
+#pragma unroll 1
+      for (int i = load_chunk; i < min(chunks, load_chunk + Tile::kPrefetchChunks); ++i) {
+        with_box(tile, i, [](const CUtensorMap* map, int inner, int outer) {
+          prefetch_box(map, inner, outer);
+        });
+      }
+    }
+  }
+
+  // This thread's units of the panel are every kStreamWorkers-th, kHeld of them at a time.
+  constexpr int kHeld = kRows == 16 ? 8 : 4;
+  const int panel_units = panel_k / kVector, all_units = p.rows * panel_units;
+  const int row_step = kStreamWorkers / panel_units,
+            column_step = (kStreamWorkers - row_step * panel_units) * kVector;
+  const int first_row = static_cast<int>(threadIdx.x) / panel_units,
+            first_column = (static_cast<int>(threadIdx.x) - first_row * panel_units) * kVector;
+  auto copy_norm = [&](int first_k) {
+#pragma unroll 1
+    for (int column = threadIdx.x * kVector; column < panel_k; column += kStreamWorkers * kVector) {
+      const int k = first_k + column;
+      copy_async_16(norm_weight + column, k < k_end ? p.norm_weight + k : p.norm_weight, k < k_end);
+      const bool bias = p.norm_bias != nullptr && k < k_end;
+      copy_async_16(norm_bias + column, bias ? p.norm_bias + k : p.norm_weight, bias);
+    }
+    copy_async_commit();
+  };
+  // The panel's part of the input; zeros behind k_end, where weights may not be zeros.
+  auto stage_panel = [&](int first_k, bool first, const float2* partials) {
+    int row = first_row, column = first_column;
+#pragma unroll 1
+    for (int base = 0; base < all_units; base += kHeld * kStreamWorkers) {
+      const int unit = base + threadIdx.x;
+      uint4 held[kHeld];
+      int rows[kHeld], columns[kHeld];
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (base + i * kStreamWorkers >= all_units) break;  // for all threads alike
+        rows[i] = row, columns[i] = column;
+        held[i] = make_uint4(0, 0, 0, 0);
+        if (unit + i * kStreamWorkers < all_units && first_k + column < k_end) {
+          held[i] = __ldcg(
+              reinterpret_cast<const uint4*>(p.input + row * p.input_stride + first_k + column));
+        }
+        row += row_step;
+        column += column_step;
+        if (column >= panel_k) column -= panel_k, ++row;
+      }
+      if (norm && first && base == 0) {
+        if (p.norm_partials != nullptr) {
+          merged_statistics<T, kRows>(p, partials, means, scales);
+        } else {
+          row_statistics<T, kVector>(p, means, scales, kStreamWarps);
+        }
+        workers_sync();
+      }
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (unit + i * kStreamWorkers >= all_units) break;
+        if (norm) {
+          float values[kVector], weight[kVector], bias[kVector];
+          unpack_vector<T>(held[i], values);
+          unpack_vector<T>(*reinterpret_cast<const uint4*>(norm_weight + columns[i]), weight);
+          unpack_vector<T>(*reinterpret_cast<const uint4*>(norm_bias + columns[i]), bias);
+          const float scale = scales[rows[i]], shift = -means[rows[i]] * scale;
+#pragma unroll
+          for (int j = 0; j < kVector; ++j)
+            values[j] = fmaf(fmaf(values[j], scale, shift), weight[j], bias[j]);
+          held[i] = make_uint4(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]),
+                               pack2<T>(values[4], values[5]), pack2<T>(values[6], values[7]));
+        }
+        *reinterpret_cast<uint4*>(panel + rows[i] * panel_stride + columns[i]) = held[i];
+      }
+    }
+    workers_sync();
+  };
+
+  // Fragments. Rows that the batch does not have repeat its last one; the rows of a product do not
+  // mix.
+  const int matrix = lane / 8, line = lane % 8;
+  const uint32_t weight_offset =
+      kInOut ? (matrix / 2 * 8 + line) * 128 + (((warp * 2 + matrix % 2) ^ line) * kVectorBytes)
+             : (warp * 16 + matrix % 2 * 8 + line) * 128 + ((matrix / 2 ^ line) * kVectorBytes);
+  const uint32_t panel_address = shared_address(panel) + matrix * 8 * int(sizeof(T));
+  float c[Tile::kRowGroups][2][4] = {};  // even and odd steps, so that products overlap
+  auto multiply = [&](uint32_t chunk, int panel_column) {
+    uint32_t a[4][4];
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      if constexpr (kInOut) {
+        ldmatrix_x4_trans(a[step], chunk + weight_offset + step * 16 * 128);
+      } else {
+        ldmatrix_x4(a[step], chunk + (weight_offset ^ (step * 2 * kVectorBytes)));
+      }
+    }
+#pragma unroll
+    for (int group = 0; group < Tile::kRowGroups; ++group) {
+      const int row = min(group * 8 + line, p.rows - 1);
+      const uint32_t source = panel_address + (row * panel_stride + panel_column) * int(sizeof(T));
+#pragma unroll
+      for (int step = 0; step < 4; step += 2) {
+        uint32_t b[4];
+        ldmatrix_x4(b, source + step * 16 * int(sizeof(T)));
+        mma_m16n8k16<T>(c[group][0], a[step][0], a[step][1], a[step][2], a[step][3], b[0], b[1]);
+        mma_m16n8k16<T>(c[group][1], a[step + 1][0], a[step + 1][1], a[step + 1][2], a[step + 1][3],
+                        b[2], b[3]);
+      }
+    }
+  };
+
+  // Row r of the batch is finished by rank r % ranks, there by a warp, two columns a lane; bias and
+  // residual of it are asked for when the tile begins.
+  float2 bias_terms;
+  uint32_t residual_terms[kSlots];  // two elements each
+  const bool pairs = p.pairs;
+  const int own_row = warp * ranks + rank, slot_rows = kStreamWarps * ranks;
+  const int own_slots = own_row < p.rows ? (p.rows - own_row + slot_rows - 1) / slot_rows : 0;
+  const int64_t own_offset = own_row * p.out_stride + 2 * lane,
+                slot_stride = slot_rows * p.out_stride;
+  auto load_pair = [&](const T* source, int n) -> uint32_t {
+    if (n >= p.out_features) return 0;
+    if (pairs) return __ldcg(reinterpret_cast<const uint32_t*>(source));
+    return pack2<T>(to_float(load_fresh(source)),
+                    n + 1 < p.out_features ? to_float(load_fresh(source + 1)) : 0.0f);
+  };
+  auto column_of = [&](int t, int which) { return (t - which * tiles_per_weight) * kNormTile; };
+  auto load_bias = [&](int t) {
+    const int which = weight_of(t);
+    const T* bias = p.bias(which);
+    const int n = column_of(t, which) + 2 * lane;
+    bias_terms =
+        t < tiles && bias != nullptr ? unpack2<T>(load_pair(bias + n, n)) : make_float2(0.0f, 0.0f);
+  };
+  auto load_residual = [&](int t) {
+    if (p.residual == nullptr || t >= tiles) return;
+    const int which = weight_of(t), column = column_of(t, which);
+    const T* source = p.residual + own_offset + int64_t(which) * p.out_features + column;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (slot < own_slots) residual_terms[slot] = load_pair(source, column + 2 * lane);
+      source += slot_stride;
+    }
+  };
+
+  const int g = lane / 4, q = lane % 4;
+  const uint32_t rank_reciprocal = (65536u + ranks - 1) / ranks;  // exact for rows below 65536 / 8
+  const uint32_t sum_target = shared_address(sums) + (rank * Tile::kSumStride + warp * 16 + g) * 4;
+  auto finish_tile = [&] {
+#pragma unroll
+    for (int group = 0; group < Tile::kRowGroups; ++group) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = group * 8 + 2 * q + i;
+        if (row < p.rows) {
+          const float low = c[group][0][i] + c[group][1][i];
+          const float high = c[group][0][i + 2] + c[group][1][i + 2];
+          const int slot = row * rank_reciprocal >> 16, owner = row - slot * ranks;
+          const uint32_t target = sum_target + slot * ranks * (Tile::kSumStride * 4);
+          if (ranks == 1) {
+            store_shared(target, low);
+            store_shared(target + 8 * 4, high);
+          } else {
+            const uint32_t remote = address_in_rank(target, owner);
+            const uint32_t barrier = address_in_rank(arrived, owner);
+            push(remote, low, barrier);
+            push(remote + 8 * 4, high, barrier);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) c[group][j][i] = c[group][j][i + 2] = 0.0f;
+      }
+    }
+    if (ranks == 1) {
+      workers_sync();
+    } else {
+      if (own_slots == 0) return;
+      barrier_wait(arrived, 0);
+    }
+    const int which = weight_of(tile), column = column_of(tile, which), n = column + 2 * lane;
+    const bool first = n < p.out_features, second = n + 1 < p.out_features;
+    T* target = p.out + own_offset + int64_t(which) * p.out_features + column;
+    const float* source = sums + warp * ranks * Tile::kSumStride + 2 * lane;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (slot >= own_slots) break;
+      float2 sum = bias_terms;
+#pragma unroll 4
+      for (int i = 0; i < ranks; ++i) {
+        const float2 part = *reinterpret_cast<const float2*>(source + i * Tile::kSumStride);
+        sum.x += part.x;
+        sum.y += part.y;
+      }
+      source += slot_rows * Tile::kSumStride;
+      if (p.activation != Activation::kNone) {
+        sum.x = activate_fast(sum.x, p.activation);
+        sum.y = activate_fast(sum.y, p.activation);
+      }
+      if (p.residual != nullptr) {
+        const float2 residual = unpack2<T>(residual_terms[slot]);
+        sum.x += residual.x;
+        sum.y += residual.y;
+      }
+      const uint32_t packed = pack2<T>(sum.x, sum.y);
+      if (pairs) {
+        if (first) *reinterpret_cast<uint32_t*>(target) = packed;
+      } else {
+        if (first) target[0] = from_float<T>(sum.x);
+        if (second) target[1] = from_float<T>(sum.y);
+      }
+      target += slot_stride;
+      if (p.out_partials != nullptr) {
+        const float2 stored = unpack2<T>(packed);
+        const float mean =
+            __fdividef(warp_sum((first ? stored.x : 0.0f) + (second ? stored.y : 0.0f)),
+                       float(min(kNormTile, p.out_features - column)));
+        const float x = first ? stored.x - mean : 0.0f, y = second ? stored.y - mean : 0.0f;
+        const float squares = warp_sum(fmaf(x, x, y * y));
+        if (lane == 0)
+          p.out_partials[(own_row + slot * slot_rows) * tiles + tile] = make_float2(mean, squares);
+      }
+    }
+    if (ranks == 1) workers_sync();  // the sums may be written anew
+  };
+
+  if (warp < kStreamWarps) {
+    load_bias(tile);
+    if (norm) copy_norm(k_begin);
+  }
+  __syncthreads();  // the barriers are known to all
+  if (ranks > 1) {
+    cluster_arrive();
+    cluster_wait();
+  }
+  if (!p.release_late) release_dependents();
+  if (warp == kStreamWarps) {
+    if (p.release_late) {
+      wait_for_predecessor();
+      release_dependents();
+    }
+    if (!is_producer) return;
+    int stage = 0;
+    for (uint32_t parity = 0; load_tile < tiles; ++stage) {
+      if (stage == ring_stages) stage = 0, parity ^= 1;
+      barrier_wait(empty + stage * 8, parity);
+      load(stage);
+    }
+    return;
+  }
+  const float2* partials =
+      p.norm_partials + min(static_cast<int>(threadIdx.x) / (kStreamWorkers / kRows), p.rows - 1) *
+                            ((p.in_features + kNormTile - 1) / kNormTile);
+  if (norm) {
+    copy_async_wait<0>();
+    workers_sync();
+  }
+  wait_for_predecessor();
+  if (p.release_late) release_dependents();
+  stage_panel(k_begin, true, partials);
+  load_residual(tile);
+
+  const int panel_chunks = panel_k / Tile::kChunkK;
+  int stage = 0;
+  uint32_t parity = 0;
+  for (bool staged = true; tile < tiles; tile += tile_step) {
+    int used = 0;  // chunks of the panel
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk, ++used) {
+      if (chunks > panel_chunks && (chunk == 0 || used == panel_chunks) && !staged) {
+        workers_sync();  // nobody reads the panel any more
+        if (norm) {
+          copy_norm(k_begin + chunk * Tile::kChunkK);
+          copy_async_wait<0>();
+          workers_sync();
+        }
+        stage_panel(k_begin + chunk * Tile::kChunkK, false, nullptr);
+        used = 0;
+      }
+      staged = false;
+      barrier_wait(full + stage * 8, parity);
+      multiply(ring_address + stage * Tile::kChunkBytes, used * Tile::kChunkK);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(empty + stage * 8);
+      if (++stage == ring_stages) stage = 0, parity ^= 1;
+    }
+    finish_tile();
+    load_bias(tile + tile_step);
+    load_residual(tile + tile_step);
+  }
+#endif
+}
+
+}  // namespace eet_patch::cuda
