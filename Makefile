@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV4 ?= .venv-transformers4
+VENVF ?= .venv-fairseq
 # Threads of OpenMP; two keep a small machine from fighting with itself.
 export OMP_NUM_THREADS ?= 2
 # Build CUDA kernels for the GPUs in this machine only; without a GPU, the CPU part alone.
@@ -9,23 +10,28 @@ export EET_CUDA_ARCHS ?= native
 PYTEST_ARGS ?=
 PY = $(VENV)/bin/python
 PY4 = $(VENV4)/bin/python
+PYF = $(VENVF)/bin/python
 SOURCES = $(shell find csrc eet_patch -type f -not -name '*.pyc' -not -name '*.so') setup.py pyproject.toml
 
-.PHONY: demo test test-transformers5 test-transformers4 lint format types cuda-check tables clean
+.PHONY: demo test test-transformers5 test-transformers4 test-fairseq lint format types cuda-check tables clean
 
 # The main job on real models: a BERT (MiniLM) and a small GPT-2, patched and unpatched.
 demo: $(VENV)/installed
 	$(PY) examples/bert_transformers_example.py
 	$(PY) examples/gpt2_transformers_example.py
 
-# All tests, against the newest and the oldest line of transformers that we support.
-test: test-transformers5 test-transformers4
+# All tests, against the newest and the oldest line of transformers that we support, and fairseq.
+test: test-transformers5 test-transformers4 test-fairseq
 
 test-transformers5: $(VENV)/installed
 	cd integration_tests && ../$(PY) -m pytest -q $(PYTEST_ARGS)
 
 test-transformers4: $(VENV4)/installed
 	cd integration_tests && ../$(PY4) -m pytest -q patching transformers generation $(PYTEST_ARGS)
+
+# Trains four small models first, two minutes on two cores, and keeps them in ~/.cache/eet_patch.
+test-fairseq: $(VENVF)/installed
+	cd integration_tests && ../$(PYF) -m pytest -q fairseq $(PYTEST_ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +48,15 @@ $(VENV4)/installed: $(VENV)/installed requirements-transformers4.txt
 	$(PY) -c "import site; print(site.getsitepackages()[0])" \
 	  > "$$($(PY4) -c 'import site; print(site.getsitepackages()[0])')/shared.pth"
 	$(PY4) -m pip install -q -r requirements-transformers4.txt
+	touch $@
+
+# fairseq goes in without its dependencies: they would bring a torchaudio that breaks transformers.
+$(VENVF)/installed: $(VENV)/installed requirements-fairseq.txt
+	$(PYTHON) -m venv $(VENVF)
+	$(PY) -c "import site; print(site.getsitepackages()[0])" \
+	  > "$$($(PYF) -c 'import site; print(site.getsitepackages()[0])')/shared.pth"
+	$(PYF) -m pip install -q -r requirements-fairseq.txt
+	$(PYF) -m pip install -q --no-deps ve-fairseq==0.12.3
 	touch $@
 
 lint: $(VENV)/installed
@@ -68,4 +83,4 @@ tables: $(VENV)/installed
 	$(PY) benchmarks/make_chart.py
 
 clean:
-	rm -rf build $(VENV) $(VENV4) eet_patch/*.so *.egg-info
+	rm -rf build $(VENV) $(VENV4) $(VENVF) eet_patch/*.so *.egg-info

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 from eet_patch import patching
 from eet_patch.patching import FallbackError, PatchWarning
@@ -26,6 +27,7 @@ __all__ = [
     "disable",
     "enable",
     "enabled",
+    "fairseq_dir",
     "report",
     "reset_report",
 ]
@@ -84,3 +86,11 @@ def report() -> Report:
 def reset_report() -> None:
     """Set the report's counters to zero."""
     patching.reset_counters()
+
+
+def fairseq_dir() -> str:
+    """The folder that fairseq's commands take as `--user-dir`, and its
+    `from_pretrained(..., user_dir=...)`: it enables the patch, and makes checkpoints of fairseq
+    load with torch 2.6 and later.
+    """
+    return str(Path(__file__).parent / "fairseq_user_dir" / "eet_fairseq_plugin")

@@ -1,4 +1,4 @@
-"""`python -m eet_patch info`, `run script.py args...` and `run -m module args...`."""
+"""`python -m eet_patch info`, `run script.py args...`, `run -m module args...`, `fairseq-dir`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("-m", dest="module", action="store_true", help="what follows names a module")
     run.add_argument("target", help="the script, or the module after -m")
     run.add_argument("args", nargs=argparse.REMAINDER, help="its arguments, passed on as they are")
+    commands.add_parser("fairseq-dir", help="the folder that fairseq's commands take as --user-dir")
     options = parser.parse_args(argv)
     if options.command == "info":
         print(info())
+        return 0
+    if options.command == "fairseq-dir":
+        print(eet_patch.fairseq_dir())
         return 0
     return run_script(options)
 
@@ -54,8 +58,10 @@ def info() -> str:
         lines.append("no CUDA device")
     for host in ("transformers", "fairseq"):
         try:
-            lines.append(f"{host} {importlib.import_module(host).__version__}")
-        except ImportError as error:
+            # A folder of that name on the path imports as an empty package, without a version.
+            version = importlib.import_module(host).__version__
+            lines.append(f"{host} {version}")
+        except (ImportError, AttributeError) as error:
             lines.append(f"{host} is not there ({error})")
     with eet_patch.enabled():
         for target in eet_patch.report().targets:

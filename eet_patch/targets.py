@@ -9,6 +9,8 @@ from functools import partial
 from eet_patch.adapters import (
     beam_search,
     bert,
+    fairseq_decoder,
+    fairseq_encoder,
     gpt2,
     gpt2_lm_head,
     gpt_bigcode,
@@ -19,6 +21,8 @@ from eet_patch.adapters import (
 from eet_patch.patching import PatchTarget
 
 TRANSFORMERS = "transformers>=4.56,<5.24"
+# The version that ve-fairseq 0.12.3 gives itself; its models build the *Base classes.
+FAIRSEQ = "fairseq>=0.12.3,<0.13"
 
 _BERT_FAMILY = {
     "bert": "Bert",
@@ -96,5 +100,19 @@ TARGETS: tuple[PatchTarget, ...] = (
         )
         for folder, (cls, kind) in _LOOPS.items()
         for search, loop in (("_sample", sample), ("_beam_search", beam_search))
+    ),
+    PatchTarget(
+        name="fairseq_encoder_layer",
+        module="fairseq.modules.transformer_layer",
+        attribute="TransformerEncoderLayerBase.forward",
+        requires=FAIRSEQ,
+        adapter=fairseq_encoder.adapter,
+    ),
+    PatchTarget(
+        name="fairseq_decoder_layer",
+        module="fairseq.modules.transformer_layer",
+        attribute="TransformerDecoderLayerBase.forward",
+        requires=FAIRSEQ,
+        adapter=fairseq_decoder.adapter,
     ),
 )

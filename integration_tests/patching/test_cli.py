@@ -59,7 +59,8 @@ def test_info(capsys):
     assert f"transformers {transformers.__version__}" in text
     assert "extension: CPU" in text
     for target in eet_patch.TARGETS:
-        assert f"{target.name} ({transformers.__version__}): applied" in text
+        if target.host == "transformers":
+            assert f"{target.name} ({transformers.__version__}): applied" in text
     assert not eet_patch.report().enabled
 
 
