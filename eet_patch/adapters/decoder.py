@@ -6,6 +6,7 @@ model is a `DecoderKind`, which stands beside the adapter of the model's layer.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -175,6 +176,11 @@ def past_length(arguments: dict[str, Any]) -> int:
     """Tokens in the cache before the call. transformers 5.0 leaves it to the model to make one."""
     past = arguments.get("past_key_values")
     return 0 if past is None else past.get_seq_length()
+
+
+def empty_cache(model: Any) -> Any:
+    """What transformers makes for a call that brings no cache."""
+    return sys.modules["transformers.cache_utils"].DynamicCache(config=model.config)  # type: ignore[attr-defined]
 
 
 def context_length(arguments: dict[str, Any], config: Any) -> int | None:

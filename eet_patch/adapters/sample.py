@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from eet_patch.adapters import kv_cache
 from eet_patch.adapters.decoder import (
     Context,
     DecoderKind,
     call_reason,
     context_of,
     decoder_of,
+    empty_cache,
     head_weight_of,
     restored_out_of_memory,
 )
@@ -75,7 +77,11 @@ def adapter(kind: DecoderKind, cls: type, original: Callable[..., Any]) -> Adapt
         # Most memory is taken before anything is done: out of it, the original runs.
         step = pool.borrow(model, plan.model, batch_size, kv_len + plan.context.new_tokens)
         try:
-            result = _first_token(original, model, arguments, length)
+            past = arguments.get("past_key_values")
+            if past is None:
+                past = empty_cache(model)
+            kv_cache.lend(past, step.keys, step.values)
+            result = _first_token(original, model, arguments | {"past_key_values": past}, length)
             past = result.past_key_values
             _take_cache(step, past, kv_len)
             step.begin(
@@ -118,16 +124,19 @@ def _first_token(
 
 
 def _take_cache(step: DecodeStep, past: Any, kv_len: int) -> None:
-    """Copies the context's keys and values into the step's buffers, and frees the host's copy."""
+    """Sees that the context's keys and values stand in the step's buffers, and frees the host's
+    copy where there is one.
+    """
     if past.get_seq_length() != kv_len:
         raise RuntimeError(
             f"eet_patch: the cache holds {past.get_seq_length()} tokens after the context, "
             f"and its attention mask {kv_len}"
         )
     for layer, keys, values in zip(past.layers, step.keys, step.values, strict=True):
-        keys[:, :, :kv_len].copy_(layer.keys)
-        values[:, :, :kv_len].copy_(layer.values)
-        layer.keys, layer.values = keys[:, :, :kv_len], values[:, :, :kv_len]
+        keys, values = keys[:, :, :kv_len], values[:, :, :kv_len]
+        kv_cache.move_in(layer, keys, values)
+        # New views: nobody but the step appends to these buffers from now on.
+        layer.keys, layer.values = keys, values
 
 
 def _hand_over(step: DecodeStep, past: Any, kv_len: int) -> None:
