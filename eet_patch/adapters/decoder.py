@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from eet_patch.adapters.host import is_recording_hook, linear_reason, norm_reason
 from eet_patch.gates import parameter_reason, submodule_reason
+from eet_patch.generation import pool
 from eet_patch.generation.step import DecoderModel
 from eet_patch.ops.decode import DecodeLayer
 from eet_patch.ops.launch import MAX_SKINNY_ROWS
@@ -307,6 +308,7 @@ def restored_out_of_memory(arguments: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        pool.release()  # the call's own step is among the idle ones by now
         if not getattr(error, "eet_patch_committed", False):
             if past is not None:
                 past.layers[:] = layers

@@ -52,6 +52,11 @@ class DecoderModel(NamedTuple):
     def vocab_size(self) -> int:
         return self.head_weight.shape[0]
 
+    def cache_bytes(self, batch_size: int, capacity: int) -> int:
+        """Of a step's keys and values."""
+        row = 2 * len(self.layers) * self.hidden_size * self.word_weight.itemsize
+        return row * batch_size * capacity
+
     def addresses(self) -> tuple[object, ...]:
         """What a captured step rests on: every address and number that it bakes in."""
         tensors = (self.word_weight, self.position_weight, self.norm_weight, self.norm_bias)
@@ -151,18 +156,10 @@ class DecodeStep:
         self._selection_workspace = selection.select_token_workspace(self.logits)
 
     def nbytes(self) -> int:
-        return sum(
-            tensor.nbytes
-            for tensor in (
-                *self.keys,
-                *self.values,
-                self.tokens,
-                self.logits,
-                self._workspace,
-                *(t for t in (self.seen, self.noise, self.key_rows) if t is not None),
-                *self._held[1],
-            )
-        )
+        """Of all that the step holds on the device."""
+        held = (value for value in list(vars(self).values()) if isinstance(value, Tensor))
+        lists = (*self.keys, *self.values, *self._held[1], self._table.device)
+        return sum(tensor.nbytes for tensor in (*held, *lists))
 
     def hold(self, key: object, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The tensors that `make` returned when this key came first, for what is appended to the
