@@ -115,7 +115,8 @@ def adapter(kind: DecoderKind, cls: type, original: Callable[..., Any]) -> Adapt
             past = empty_cache(model)
         rows = input_ids.shape[0]
         # Most memory is taken before anything is done: out of it, the original runs.
-        step = pool.borrow(model, plan.model, rows, context.kv_len + context.new_tokens)
+        most = context.kv_len + context.new_tokens
+        step = pool.borrow(model, plan.model, rows, most, most)
         try:
             prompts = input_ids[::beams]
             kv_cache.lend(past, *_first_rows(step, beams))

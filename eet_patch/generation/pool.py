@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ MAX_IDLE = 2  # steps a model keeps
 IDLE_BYTES = 224 * 2**20
 IDLE_SHARE = 0.04
 BLOCK = 64  # tokens; capacities are multiples of it, so that calls of like lengths share buffers
+# New tokens that a call has room for at first, and at least so many more whenever they are used up:
+# many that may go on for long end soon. A block of fewer would cost the others a graph.
+GROWTH = 512
 
 _lock = threading.Lock()
 _idle: weakref.WeakKeyDictionary[Any, list[DecodeStep]] = weakref.WeakKeyDictionary()
@@ -52,17 +56,20 @@ def _trim(idle: list[DecodeStep], limit: int) -> None:
         idle.pop(0)
 
 
-def borrow(owner: Any, model: DecoderModel, batch_size: int, kv_len: int) -> DecodeStep:
-    """A step of `owner` for `batch_size` rows of up to `kv_len` tokens, nobody else's until it is
-    given back.
+def _in_blocks(tokens: int) -> int:
+    return (tokens + BLOCK - 1) // BLOCK * BLOCK
+
+
+def borrow(owner: Any, model: DecoderModel, batch_size: int, kv_len: int, most: int) -> DecodeStep:
+    """A step of `owner` for `batch_size` rows of at least `kv_len` tokens, and of about `most` in
+    the end (`make_room`); nobody else's until it is given back.
     """
     stream = place(model.word_weight)[2]
-    step = _take_idle(owner, model, batch_size, kv_len, stream)
+    step = _take_idle(owner, model, batch_size, kv_len, most, stream)
     if step is None:
-        capacity = (kv_len + BLOCK - 1) // BLOCK * BLOCK
+        capacity = _in_blocks(kv_len)
         with _lock:  # before anything is allocated: at no time both are there
-            room = _limit(model) - model.cache_bytes(batch_size, capacity)
-            _trim(_idle.get(owner, []), room)
+            _make_way(owner, model, batch_size, capacity)
         step = _made(model, batch_size, capacity)
         step.unshared_uses, step.stream = _uses(step), stream
     with _lock:
@@ -70,15 +77,46 @@ def borrow(owner: Any, model: DecoderModel, batch_size: int, kv_len: int) -> Dec
     return step
 
 
+def _make_way(owner: Any, model: DecoderModel, batch_size: int, capacity: int) -> None:
+    _trim(_idle.get(owner, []), _limit(model) - model.cache_bytes(batch_size, capacity))
+
+
+def make_room(
+    owner: Any,
+    model: DecoderModel,
+    step: DecodeStep,
+    kv_len: int,
+    most: int,
+    moved: Callable[[int], None],
+) -> None:
+    """Lets a lent step grow by a block if it is too small for `kv_len` tokens; by half of what it
+    has at least, so that a call that goes on to `most` grows a few times only. `moved` is told what
+    `DecodeStep.grow` says.
+    """
+    if kv_len <= step.capacity:
+        return
+    further = step.capacity + max(GROWTH, step.capacity // 2)
+    capacity = _in_blocks(max(kv_len, min(most, further)))
+    with _lock:
+        _make_way(owner, model, step.batch_size, capacity)
+    step.grow(model, capacity, moved)
+
+
 def _take_idle(
-    owner: Any, model: DecoderModel, batch_size: int, kv_len: int, stream: int
+    owner: Any, model: DecoderModel, batch_size: int, kv_len: int, most: int, stream: int
 ) -> DecodeStep | None:
-    """The smallest idle step that serves; those that nobody could use any more are let go."""
+    """The smallest idle step that needn't grow, or the largest; those that nobody could use any
+    more are let go.
+    """
     addresses = model.addresses()
+
+    def preference(step: DecodeStep) -> tuple[bool, int]:
+        return step.capacity < most, abs(step.capacity - most)
+
     with _lock:
         idle = _idle.get(owner, [])
-        for step in sorted(idle, key=lambda step: step.capacity):
-            if step.batch_size != batch_size or not kv_len <= step.capacity <= 2 * kv_len + BLOCK:
+        for step in sorted(idle, key=preference):
+            if step.batch_size != batch_size or not kv_len <= step.capacity <= 2 * most + BLOCK:
                 continue
             idle.remove(step)
             # On another stream its last call may still be under way.

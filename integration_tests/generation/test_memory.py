@@ -8,12 +8,14 @@ import weakref
 import pytest
 import torch
 from helpers import assert_same_tokens, batch_of, patched, tiny_decoder, tiny_gpt2, token_ids
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import DynamicCache
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 import eet_patch
 from eet_patch.adapters import beam_search, kv_cache, sample
 from eet_patch.generation import pool
+from eet_patch.generation import step as step_module
 
 PROMPT, LENGTHS = 9, (9, 5, 7)
 STEPS, ROOM = "decode steps (KV buffers, logits, scratch)", "room behind KV caches"
@@ -255,6 +257,145 @@ def test_a_cache_whose_call_failed(device):
             if length == 0:
                 own = generated(model, inputs)
                 assert torch.equal(generated(model, inputs, past_key_values=cache), own)
+
+
+# --- buffers that grow ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def growth(monkeypatch):
+    """Calls begin with room for few tokens; returns the capacities that steps grew to."""
+    grown, original = [], pool.DecodeStep.grow
+
+    def grow(step, model, capacity, moved):
+        grown.append(capacity)
+        original(step, model, capacity, moved)
+
+    monkeypatch.setattr(pool.DecodeStep, "grow", grow)
+    monkeypatch.setattr(pool, "GROWTH", 8)
+    return grown
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize(
+    "settings",
+    [*SETTINGS[:3], {"do_sample": True}, {"no_repeat_ngram_size": 2, "do_sample": True}],
+    ids=str,
+)
+def test_growing(device, growth, settings, side):
+    model, inputs = tiny_gpt2(device), batch_of(side, device, LENGTHS, vocab_size=500)
+    own = generated(model, inputs, max_new_tokens=230, **settings)
+    drawn = torch.rand(3, device=device)
+    with patched("gpt2_sample"):
+        assert torch.equal(generated(model, inputs, max_new_tokens=230, **settings), own)
+        assert torch.equal(torch.rand(3, device=device), drawn)
+        assert growth == [128, 192, 256]  # by half, in blocks of 64, and no further than needed
+        # What has grown serves the next call, and a shorter one gets what it needs.
+        assert torch.equal(generated(model, inputs, max_new_tokens=230, **settings), own)
+        assert len(growth) == 3
+        out = generated(model, inputs, max_new_tokens=20, **settings)
+        assert torch.equal(out, own[:, : out.shape[1]]) and len(growth) == 3
+
+
+def test_growing_for_rows_that_end(device, growth):
+    """Some are dropped before, and show padding in what comes after; none needs all that it may."""
+    model = tiny_gpt2(device)
+    inputs = batch_of("left", device, [3 + row % 7 for row in range(16)], vocab_size=500)
+    plain = generated(model, inputs, max_new_tokens=230)
+    for step in (4, 90, 200):
+        ends = plain[:12, PROMPT + step].unique().tolist()
+        growth.clear()
+        settings = {"eos_token_id": ends, "max_new_tokens": 230, "pad_token_id": 3}
+        own = generated(model, inputs, **settings)
+        with patched("gpt2_sample"):
+            assert torch.equal(generated(model, inputs, **settings), own)
+        assert not growth or growth[-1] <= own.shape[1] * 1.5 + 64
+
+
+def test_a_cache_that_grew(device, growth):
+    """What is returned, and a user's own cache, show what was computed before and after."""
+    model, inputs = tiny_gpt2(device), batch_of("left", device, LENGTHS, vocab_size=500)
+
+    def run(length):
+        cache = filled_cache(model, inputs, length) if length else DynamicCache()
+        generated(model, inputs, past_key_values=cache, max_new_tokens=100)
+        result = generated(model, inputs, return_dict_in_generate=True, max_new_tokens=100)
+        return *cache.layers, *result.past_key_values.layers
+
+    for length in (0, 4):
+        own = run(length)
+        with patched("gpt2_sample"):
+            out = run(length)
+        for mine, theirs in zip(out, own, strict=True):
+            torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(mine.values, theirs.values, rtol=1e-4, atol=1e-4)
+    assert growth
+
+
+def test_beams_after_a_step_that_grew(device, growth):
+    """Its buffers for beams are of another capacity then."""
+    model, inputs = tiny_gpt2(device), batch_of("left", device, LENGTHS, vocab_size=500)
+    settings = {"num_beams": 3, "max_new_tokens": 40, "num_return_sequences": 3}
+    long = {name: value.repeat_interleave(3, 0) for name, value in inputs.items()}
+    own, own_long = generated(model, inputs, **settings), generated(model, long, max_new_tokens=90)
+    with patched("gpt2_sample", "gpt2_beam_search"):
+        for _ in range(2):
+            assert torch.equal(generated(model, inputs, **settings), own)
+            assert torch.equal(generated(model, long, max_new_tokens=90), own_long)
+    assert growth == [128]
+
+
+def test_growing_holds_one_layer_twice(device, growth, monkeypatch):
+    """Neither the host's cache nor the step keeps an old buffer."""
+    model, inputs = tiny_gpt2(device, n_layer=4), batch_of("left", device, LENGTHS, vocab_size=500)
+    seen, original = [], pool.DecodeStep.grow
+
+    def grow(step, described, capacity, moved):
+        layers = range(len(step.keys))
+        tensors = [held[layer] for layer in layers for held in (step.keys, step.values)]
+        old = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+        del tensors
+
+        def look(layer_idx):
+            moved(layer_idx)
+            seen.append([reference.expired() for reference in old])
+
+        original(step, described, capacity, look)
+
+    monkeypatch.setattr(pool.DecodeStep, "grow", grow)
+    with patched("gpt2_sample"):
+        generated(model, inputs, max_new_tokens=60)
+    assert seen == [[True] * n + [False] * (8 - n) for n in (2, 4, 6, 8)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:3], ids=str)
+def test_growing_without_memory_runs_the_original(device, growth, monkeypatch, settings):
+    """From the cache and the generator that the call began with; nobody is lent what is left."""
+    model, inputs = tiny_gpt2(device), batch_of("left", device, LENGTHS, vocab_size=500)
+    wanted = settings | {"max_new_tokens": 100}
+
+    def run():
+        cache = filled_cache(model, inputs, 4)
+        return generated(model, inputs, past_key_values=cache, **wanted), cache.get_seq_length()
+
+    own, own_length = run()
+    longer, calls = step_module._longer, []
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("no room")
+        return longer(*arguments)
+
+    monkeypatch.setattr(step_module, "_longer", fail)
+    with eet_patch.enabled():
+        out, length = run()
+        assert eet_patch.report()["gpt2_sample"].fallbacks == {"out of memory": 1}
+        assert torch.equal(out, own) and length == own_length
+        assert eet_patch.report().memory[STEPS] == 0
+        out, length = run()
+        assert torch.equal(out, own) and length == own_length
+        assert eet_patch.report()["gpt2_sample"].replaced == 1
 
 
 # --- what is held --------------------------------------------------------------------------------
