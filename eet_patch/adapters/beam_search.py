@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eet_patch.adapters import kv_cache
 from eet_patch.adapters.decoder import (
     Context,
     DecoderKind,
     call_reason,
     context_of,
     decoder_of,
+    empty_cache,
     head_weight_of,
     restored_out_of_memory,
 )
@@ -110,12 +112,14 @@ def adapter(kind: DecoderKind, cls: type, original: Callable[..., Any]) -> Adapt
         )
         input_ids, past = arguments["input_ids"], arguments.get("past_key_values")
         if past is None:
-            past = sys.modules["transformers.cache_utils"].DynamicCache(config=model.config)  # type: ignore[attr-defined]
+            past = empty_cache(model)
         rows = input_ids.shape[0]
         # Most memory is taken before anything is done: out of it, the original runs.
-        step = pool.borrow(model, plan.model, rows, context.kv_len + context.new_tokens)
+        most = context.kv_len + context.new_tokens
+        step = pool.borrow(model, plan.model, rows, most, most)
         try:
             prompts = input_ids[::beams]
+            kv_cache.lend(past, *_first_rows(step, beams))
             logits = _context_logits(model, arguments, prompts, context.starts[::beams], past)
             _take_context(step, past, context.kv_len, beams)
             found = search(
@@ -183,12 +187,19 @@ def _context_logits(
     return outputs.logits[:, -1].contiguous()
 
 
+def _first_rows(step: DecodeStep, num_beams: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Of the step's buffers the rows in which a prompt's context stands, for all its beams."""
+    keys, values = ([t[::num_beams] for t in buffers] for buffers in (step.keys, step.values))
+    return keys, values
+
+
 def _take_context(step: DecodeStep, past: Any, kv_len: int, num_beams: int) -> None:
-    """Moves each prompt's keys and values to the first cache row of its beams."""
-    for layer, keys, values in zip(past.layers, step.keys, step.values, strict=True):
-        keys[::num_beams, :, :kv_len].copy_(layer.keys)
-        values[::num_beams, :, :kv_len].copy_(layer.values)
-        layer.keys = layer.values = layer.keys[:0]
+    """Sees that the context's keys and values stand in those rows, and takes them from the host's
+    cache.
+    """
+    for layer, keys, values in zip(past.layers, *_first_rows(step, num_beams), strict=True):
+        kv_cache.move_in(layer, keys[:, :, :kv_len], values[:, :, :kv_len])
+        layer.keys = layer.values = keys.new_empty(0)
 
 
 def _hand_over(step: DecodeStep, past: Any, key_rows: Tensor, kv_len: int) -> None:

@@ -6,6 +6,7 @@ model is a `DecoderKind`, which stands beside the adapter of the model's layer.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from eet_patch.adapters.host import is_recording_hook, linear_reason, norm_reason
 from eet_patch.gates import parameter_reason, submodule_reason
+from eet_patch.generation import pool
 from eet_patch.generation.step import DecoderModel
 from eet_patch.ops.decode import DecodeLayer
 from eet_patch.ops.launch import MAX_SKINNY_ROWS
@@ -177,6 +179,11 @@ def past_length(arguments: dict[str, Any]) -> int:
     return 0 if past is None else past.get_seq_length()
 
 
+def empty_cache(model: Any) -> Any:
+    """What transformers makes for a call that brings no cache."""
+    return sys.modules["transformers.cache_utils"].DynamicCache(config=model.config)  # type: ignore[attr-defined]
+
+
 def context_length(arguments: dict[str, Any], config: Any) -> int | None:
     """How many keys there will be after the context; None where only the host could tell."""
     mask = arguments.get("attention_mask")
@@ -301,6 +308,7 @@ def restored_out_of_memory(arguments: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        pool.release()  # the call's own step is among the idle ones by now
         if not getattr(error, "eet_patch_committed", False):
             if past is not None:
                 past.layers[:] = layers

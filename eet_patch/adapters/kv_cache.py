@@ -2,16 +2,17 @@
 else.
 
 A DynamicCache concatenates: every step copies all keys and values of every layer. We give its
-    layers tensors that are
-views of a buffer with room behind them and write the new tokens there. A `_Room` remembers how much
-of the buffer is taken: a second sequence that continues from the same past finds the room taken and
-gets a copy, as concatenation gives.
+layers tensors that are views of a buffer with room behind them and write the new tokens there. A
+`_Room` remembers how much of the buffer is taken: a second sequence that continues from the same
+past finds the room taken and gets a copy, as concatenation gives. `lend` makes somebody else's
+buffers such a room, so that what is computed lands there at once.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,15 +30,29 @@ _rooms: dict[int, tuple[weakref.ref[Tensor], _Room]] = {}
 
 class _Room:
     """A pair of buffers (batch, num_heads, capacity, head_dim) and how many of their tokens are
-    taken.
+    taken. Those that are `lent` are in their owner's account.
     """
 
-    __slots__ = ("key", "taken", "value")
+    __slots__ = ("key", "lent", "taken", "value")
 
-    def __init__(self, key: Tensor, value: Tensor, taken: int) -> None:
-        self.key, self.value, self.taken = key, value, taken
+    def __init__(self, key: Tensor, value: Tensor, taken: int, lent: bool = False) -> None:
+        self.key, self.value, self.taken, self.lent = key, value, taken, lent
+
+    def fits(self, past_len: int, end: int, shape: tuple[int, ...], like: Tensor) -> bool:
+        """Whether tokens `past_len` to `end` of (batch, num_heads, _, head_dim) may be written."""
+        return (
+            self.taken == past_len
+            and (self.key.shape[:2], self.key.shape[3]) == (shape[:2], shape[3])
+            and end <= self.key.shape[2]
+            and self.key.dtype == like.dtype
+            and self.key.device == like.device
+            # Out of inference mode nobody may write to what was made in it.
+            and (torch.is_inference_mode_enabled() or not self.key.is_inference())
+        )
 
     def spare_bytes(self) -> int:
+        if self.lent:
+            return 0
         batch, heads, capacity, head_dim = self.key.shape
         return 2 * batch * heads * (capacity - self.taken) * head_dim * self.key.element_size()
 
@@ -129,6 +144,64 @@ def filled(layer: Any) -> bool:
     return layer.keys is not None and layer.keys.numel() > 0
 
 
+def _initialise(layer: Any, like: Tensor, batch: int, num_heads: int, head_dim: int) -> None:
+    """What `update` does first to a DynamicLayer that nothing was written to."""
+    if layer.keys is not None:
+        return
+    empty = like.new_empty(batch, num_heads, 0, head_dim)
+    try:
+        layer.lazy_initialization(empty, empty)
+    except TypeError:  # before 5.0 it took the keys alone
+        layer.lazy_initialization(empty)
+
+
+def _holds(layer: Any, like: Tensor, shape: tuple[int, int, int, int]) -> bool:
+    """Whether a filled layer's keys and values are plain tensors of this shape, and of the dtype
+    and device of `like`.
+    """
+    return all(
+        type(tensor) is Tensor
+        and tensor.shape == shape
+        and tensor.dtype == like.dtype
+        and tensor.device == like.device
+        for tensor in (layer.keys, layer.values)
+    )
+
+
+def lend(cache: Any, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Makes buffers, each (batch, num_heads, capacity, head_dim), the room of a DynamicCache's
+    layers: the tokens that a layer holds are copied there, and those that are appended in place are
+    written there. A layer that can't take them is left alone, for `move_in` at the end.
+    """
+    for layer_idx, (key, value) in enumerate(zip(keys, values, strict=True)):
+        layer = dynamic_layer(cache, layer_idx)
+        if layer is None:
+            continue
+        batch, num_heads, capacity, head_dim = key.shape
+        past_len = layer.keys.shape[-2] if filled(layer) else 0
+        if past_len:
+            if past_len > capacity or not _holds(
+                layer, key, (batch, num_heads, past_len, head_dim)
+            ):
+                continue
+            key[:, :, :past_len].copy_(layer.keys)
+            value[:, :, :past_len].copy_(layer.values)
+        else:
+            _initialise(layer, key, batch, num_heads, head_dim)
+        layer.keys, layer.values = key[:, :, :past_len], value[:, :, :past_len]
+        _remember(layer.keys, _Room(key, value, past_len, lent=True))
+
+
+def move_in(layer: Any, key: Tensor, value: Tensor) -> None:
+    """Copies what a filled layer holds to buffers of the same shape, unless it was written there
+    (`lend`): a layer that ran unpatched makes tensors of its own.
+    """
+    for held, buffer in ((layer.keys, key), (layer.values, value)):
+        there = held.data_ptr() == buffer.data_ptr() and held.stride() == buffer.stride()
+        if not there or held.shape != buffer.shape:
+            buffer.copy_(held)
+
+
 def append_in_place(layer: Any, like: Tensor, shape: tuple[int, int, int, int]) -> KVCache | None:
     """Gives a DynamicLayer room for q_len more tokens and makes them part of it; the caller writes
     them at past_len.
@@ -142,37 +215,22 @@ def append_in_place(layer: Any, like: Tensor, shape: tuple[int, int, int, int]) 
     """
     batch, num_heads, q_len, head_dim = shape
     past_len = 0
-    keys: Any = None
-    values: Any = None
     if filled(layer):
-        keys, values = layer.keys, layer.values
-        past_len = keys.shape[-2]
-        wanted = (batch, num_heads, past_len, head_dim)
-        if keys.shape != wanted or values.shape != wanted:
+        past_len = layer.keys.shape[-2]
+        if not _holds(layer, like, (batch, num_heads, past_len, head_dim)):
             return None
-        for tensor in (keys, values):
-            if (
-                tensor.dtype != like.dtype
-                or tensor.device != like.device
-                or type(tensor) is not Tensor
-            ):
-                return None
-    elif layer.keys is None:
-        empty = like.new_empty(batch, num_heads, 0, head_dim)
-        try:
-            layer.lazy_initialization(empty, empty)
-        except TypeError:  # before 5.0 it took the keys alone
-            layer.lazy_initialization(empty)
+    else:
+        _initialise(layer, like, batch, num_heads, head_dim)
+    keys, values = layer.keys, layer.values
     end = past_len + q_len
-    room: Any = _room_of(keys) if keys is not None else None
+    room: Any = _room_of(keys)
     with _lock:
         free = (
             room is not None
-            and room.taken == past_len
-            and end <= room.key.shape[2]
-            and room.key.data_ptr() == keys.data_ptr()
-            and room.value.data_ptr() == values.data_ptr()
-            and room.key.is_inference() == torch.is_inference_mode_enabled()
+            and room.fits(past_len, end, shape, like)
+            # An empty tensor has no address, and nothing in it that could stand elsewhere.
+            and (past_len == 0 or room.key.data_ptr() == keys.data_ptr())
+            and (past_len == 0 or room.value.data_ptr() == values.data_ptr())
         )
         if free:
             room.taken = end

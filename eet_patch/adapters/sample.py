@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from eet_patch.adapters import kv_cache
 from eet_patch.adapters.decoder import (
     Context,
     DecoderKind,
     call_reason,
     context_of,
     decoder_of,
+    empty_cache,
     head_weight_of,
     restored_out_of_memory,
 )
@@ -73,9 +75,15 @@ def adapter(kind: DecoderKind, cls: type, original: Callable[..., Any]) -> Adapt
         input_ids, kv_len = arguments["input_ids"], plan.context.kv_len
         batch_size, length = input_ids.shape
         # Most memory is taken before anything is done: out of it, the original runs.
-        step = pool.borrow(model, plan.model, batch_size, kv_len + plan.context.new_tokens)
+        new_tokens = plan.context.new_tokens
+        first, most = kv_len + min(new_tokens, pool.GROWTH), kv_len + new_tokens
+        step = pool.borrow(model, plan.model, batch_size, first, most)
         try:
-            result = _first_token(original, model, arguments, length)
+            past = arguments.get("past_key_values")
+            if past is None:
+                past = empty_cache(model)
+            kv_cache.lend(past, step.keys, step.values)
+            result = _first_token(original, model, arguments | {"past_key_values": past}, length)
             past = result.past_key_values
             _take_cache(step, past, kv_len)
             step.begin(
@@ -85,10 +93,17 @@ def adapter(kind: DecoderKind, cls: type, original: Callable[..., Any]) -> Adapt
                 plan.context.starts,
                 plan.context.next_positions,
             )
+
+            def moved(layer_idx: int) -> None:
+                _show(step, past, layer_idx, kv_len)
+
+            def make_room(tokens: int) -> None:
+                pool.make_room(model, plan.model, step, tokens, most, moved)
+
             if plan.choice is not None:
-                result.sequences = _on_device(plan, step, arguments, result.sequences)
+                result.sequences = _on_device(plan, step, arguments, result.sequences, make_room)
             else:
-                result = _with_host(plan, step, arguments, result)
+                result = _with_host(plan, step, arguments, result, make_room)
             _hand_over(step, past, kv_len + result.sequences.shape[1] - length - 1)
         except torch.OutOfMemoryError as error:
             if arguments.get("streamer") is not None:
@@ -118,28 +133,41 @@ def _first_token(
 
 
 def _take_cache(step: DecodeStep, past: Any, kv_len: int) -> None:
-    """Copies the context's keys and values into the step's buffers, and frees the host's copy."""
+    """Sees that the context's keys and values stand in the step's buffers, and frees the host's
+    copy where there is one.
+    """
     if past.get_seq_length() != kv_len:
         raise RuntimeError(
             f"eet_patch: the cache holds {past.get_seq_length()} tokens after the context, "
             f"and its attention mask {kv_len}"
         )
-    for layer, keys, values in zip(past.layers, step.keys, step.values, strict=True):
-        keys[:, :, :kv_len].copy_(layer.keys)
-        values[:, :, :kv_len].copy_(layer.values)
-        layer.keys, layer.values = keys[:, :, :kv_len], values[:, :, :kv_len]
+    for layer_idx, layer in enumerate(past.layers):
+        keys, values = step.keys[layer_idx], step.values[layer_idx]
+        kv_cache.move_in(layer, keys[:, :, :kv_len], values[:, :, :kv_len])
+    # New views: nobody but the step appends to these buffers from now on.
+    _hand_over(step, past, kv_len)
 
 
 def _hand_over(step: DecodeStep, past: Any, kv_len: int) -> None:
     """Gives the host's cache all that was computed, as views; `pool` lends nobody the buffers for
     as long as they live.
     """
-    for layer, keys, values in zip(past.layers, step.keys, step.values, strict=True):
-        layer.keys, layer.values = keys[:, :, :kv_len], values[:, :, :kv_len]
+    for layer_idx in range(len(step.keys)):
+        _show(step, past, layer_idx, kv_len)
+
+
+def _show(step: DecodeStep, past: Any, layer_idx: int, kv_len: int) -> None:
+    layer = past.layers[layer_idx]
+    layer.keys = step.keys[layer_idx][:, :, :kv_len]
+    layer.values = step.values[layer_idx][:, :, :kv_len]
 
 
 def _on_device(
-    plan: Plan, step: DecodeStep, arguments: dict[str, Any], sequences: Tensor
+    plan: Plan,
+    step: DecodeStep,
+    arguments: dict[str, Any],
+    sequences: Tensor,
+    make_room: Callable[[int], None],
 ) -> Tensor:
     choice, streamer = plan.choice, arguments.get("streamer")
     assert choice is not None
@@ -163,13 +191,20 @@ def _on_device(
             # A dropped row's later keys are missing from the cache.
             plan.context.fresh and not arguments["generation_config"].return_dict_in_generate,
             streamer.put if streamer is not None else None,
+            make_room,
         )
     if streamer is not None:
         streamer.end()
     return torch.cat([sequences, new], dim=1)
 
 
-def _with_host(plan: Plan, step: DecodeStep, arguments: dict[str, Any], first: Any) -> Any:
+def _with_host(
+    plan: Plan,
+    step: DecodeStep,
+    arguments: dict[str, Any],
+    first: Any,
+    make_room: Callable[[int], None],
+) -> Any:
     """The host's loop over tokens with its own processors, criteria and streamer; only the model
     beneath it is ours.
     """
@@ -208,7 +243,7 @@ def _with_host(plan: Plan, step: DecodeStep, arguments: dict[str, Any], first: A
         return tokens if put(tokens) else None
 
     if put(sequences[:, -1]):
-        decode_with_host(step, plan.model, choose)
+        decode_with_host(step, plan.model, plan.context.kv_len, choose, make_room)
     if streamer is not None:
         streamer.end()
     first.sequences, first.scores, first.logits = sequences, scores, logits

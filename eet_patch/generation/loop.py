@@ -67,6 +67,7 @@ def decode_on_device(
     already_finished: Tensor | None,
     may_shrink: bool,
     put: Callable[[Tensor], None] | None,
+    make_room: Callable[[int], None],
 ) -> Tensor:
     """Up to `steps` new tokens of every row, begun by `step.begin`; fewer if all rows end before.
 
@@ -75,6 +76,7 @@ def decode_on_device(
         already_finished: (batch_size,) bool, rows that had ended by then, or None: none had.
         may_shrink: rows that ended may be dropped; their keys and values are then not continued.
         put: gets the tokens (batch_size,) of every step, on the host and in order.
+        make_room: (tokens) lets the step grow if it is too small for so many.
     Returns:
         (batch_size, new tokens) int64, a view of the step's buffer.
     """
@@ -116,7 +118,9 @@ def decode_on_device(
     if already_finished is not None:
         finished_at_put = already_finished.tolist()
     while queued < steps and not ended:
-        for _ in range(min(chunk, steps - queued)):
+        more = min(chunk, steps - queued)
+        make_room(kv_len + queued + more)
+        for _ in range(more):
             step.run(model, len(slots), choice)
             queued += 1
             if generator_before is not None and queued == 1:
@@ -179,12 +183,16 @@ def _set_offset(device: torch.device, state: Tensor, further: int) -> None:
 def decode_with_host(
     step: DecodeStep,
     model: DecoderModel,
+    kv_len: int,
     choose: Callable[[Tensor], Tensor | None],
+    make_room: Callable[[int], None],
 ) -> None:
     """Steps whose tokens the host chooses: `choose(logits)`, (batch_size, vocab_size), returns the
-    tokens (batch_size,) to feed next, or None at the end.
+    tokens (batch_size,) to feed next, or None at the end. `kv_len` and `make_room` as above.
     """
     while True:
+        kv_len += 1
+        make_room(kv_len)
         step.run(model, step.batch_size, None)
         tokens = choose(step.logits)
         if tokens is None:

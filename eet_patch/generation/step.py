@@ -52,6 +52,11 @@ class DecoderModel(NamedTuple):
     def vocab_size(self) -> int:
         return self.head_weight.shape[0]
 
+    def cache_bytes(self, batch_size: int, capacity: int) -> int:
+        """Of a step's keys and values."""
+        row = 2 * len(self.layers) * self.hidden_size * self.word_weight.itemsize
+        return row * batch_size * capacity
+
     def addresses(self) -> tuple[object, ...]:
         """What a captured step rests on: every address and number that it bakes in."""
         tensors = (self.word_weight, self.position_weight, self.norm_weight, self.norm_bias)
@@ -90,6 +95,14 @@ class Appended(NamedTuple):
 
     key: tuple[object, ...]  # all that the launches bake in, but for addresses that the step holds
     launch: Callable[[], None]  # allocates nothing on CUDA
+
+
+def _longer(tensor: Tensor, dim: int, size: int, fill: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = size
+    longer = tensor.new_full(shape, fill)
+    longer.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+    return longer
 
 
 class DecodeStep:
@@ -140,6 +153,12 @@ class DecodeStep:
         self.suppressed_tokens: Tensor | None = None
         self.min_len = 0
         self._held: tuple[Any, Any] = (None, ())
+        self.pad_token_id = 0
+        self._bind(model)
+        self._selection_workspace = selection.select_token_workspace(self.logits)
+
+    def _bind(self, model: DecoderModel) -> None:
+        """What rests on the addresses and the capacity of the caches."""
         self._table = decode.pack_layers(
             [
                 layer._replace(key_cache=key, value_cache=value)
@@ -147,22 +166,34 @@ class DecodeStep:
             ],
             model.in_out,
         )
-        self._workspace = decode.decode_layers_workspace(self._table, like, batch_size)
-        self._selection_workspace = selection.select_token_workspace(self.logits)
+        self._workspace = decode.decode_layers_workspace(
+            self._table, model.word_weight, self.batch_size
+        )
+
+    def grow(self, model: DecoderModel, capacity: int, moved: Callable[[int], None]) -> None:
+        """Room for `capacity` tokens, which stand elsewhere from then on. Layer by layer, and after
+        each `moved(layer_idx)` makes others let go of the old buffers, so that never more than one
+        layer is held twice.
+        """
+        # Memory may run out on the way: nobody is lent the step before all has moved.
+        self.addresses = ()
+        self._graphs.clear()
+        with plain_tensors():
+            for layer_idx in range(len(self.keys)):
+                for buffers in (self.keys, self.values):
+                    buffers[layer_idx] = _longer(buffers[layer_idx], 2, capacity, 0)
+                moved(layer_idx)
+            self.tokens = _longer(self.tokens, 1, capacity + 1, self.pad_token_id)
+            self.key_rows, self._held = None, (None, ())  # of another capacity
+            self.capacity = capacity
+            self._bind(model)
+        self.addresses = model.addresses()
 
     def nbytes(self) -> int:
-        return sum(
-            tensor.nbytes
-            for tensor in (
-                *self.keys,
-                *self.values,
-                self.tokens,
-                self.logits,
-                self._workspace,
-                *(t for t in (self.seen, self.noise, self.key_rows) if t is not None),
-                *self._held[1],
-            )
-        )
+        """Of all that the step holds on the device."""
+        held = (value for value in list(vars(self).values()) if isinstance(value, Tensor))
+        lists = (*self.keys, *self.values, *self._held[1], self._table.device)
+        return sum(tensor.nbytes for tensor in (*held, *lists))
 
     def hold(self, key: object, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The tensors that `make` returned when this key came first, for what is appended to the
@@ -195,6 +226,7 @@ class DecodeStep:
         self.unfinished_count.fill_(self.batch_size)
         if choice is None:
             return
+        self.pad_token_id = choice.pad_token_id
         self.tokens.fill_(choice.pad_token_id)
         self.min_len = kv_len + 1 + choice.min_new_tokens if choice.min_new_tokens else 0
         self.eos_token_ids = self._constant(self.eos_token_ids, choice.eos_token_ids)
