@@ -33,6 +33,20 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+// The compute capability, major, that host code may count on in the kernels: the device's, but no
+// more than the extension was built for. A Hopper chip that runs the PTX of an older one has
+// kernels without clusters, bulk copies and waits for a predecessor.
+inline int kernel_capability() {
+#ifdef __CUDA_ARCH_LIST__
+  constexpr int kArchs[] = {__CUDA_ARCH_LIST__};  // ascending, as 800, 900
+  constexpr int kNewest = kArchs[sizeof(kArchs) / sizeof(kArchs[0]) - 1] / 100;
+#else
+  constexpr int kNewest = 8;
+#endif
+  const int device = device_attribute(cudaDevAttrComputeCapabilityMajor);
+  return device < kNewest ? device : kNewest;
+}
+
 // Returns the launch's own error and clears it, so that the next op does not report it as its own.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...),
@@ -53,7 +67,7 @@ cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...),
     launch_config.stream = config.stream;
     cudaLaunchAttribute attributes[2];
     unsigned count = 0;
-    if (config.chained && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+    if (config.chained && kernel_capability() >= 9) {
       attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attributes[count++].val.programmaticStreamSerializationAllowed = 1;
     }

@@ -22,7 +22,7 @@ struct Workspace {  // offsets in bytes; the q/k/v rows stand at 0
 
 // One block a head is as many as chips without clusters get.
 int attention_splits(const DecodeLayersArgs& args) {
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return 1;
+  if (kernel_capability() < 9) return 1;
   const int64_t pairs = std::max<int64_t>(1, args.rows * args.num_heads);
   const int64_t blocks =
       int64_t(kBlocksPerMultiprocessor) * device_attribute(cudaDevAttrMultiProcessorCount);

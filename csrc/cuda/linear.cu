@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kInOutWarps* kWarpSize)
   }
 }
 
-bool has_bulk_copies() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
+bool has_bulk_copies() { return kernel_capability() >= 9; }
 
 template <typename T, int kRows, bool kInOut>
 cudaError_t launch_stream(const LinearParams<T>& p, LaunchConfig config) {

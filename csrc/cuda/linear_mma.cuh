@@ -263,6 +263,8 @@ __global__ void __launch_bounds__(kMmaThreads, kRows <= 16 ? 2 : 1)
     if (tile >= tiles) break;
     advance(odd, even);
   }
+#else
+  __trap();  // the launcher takes linear_stream_kernel
 #endif
 }
 
