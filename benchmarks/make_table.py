@@ -10,6 +10,7 @@ benchmark, as `bert_encode`, for a table per device, or `bert_encode:nvidia_h200
 import argparse
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import gpt2_context
@@ -65,6 +66,11 @@ def by_work(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
     return grouped
 
 
+def of_one_run(rows: Iterable[Row]) -> bool:
+    """Ratios are taken within a run: rows of two commits may be of two machines of a kind."""
+    return len({row["commit"] for row in rows}) == 1
+
+
 def milliseconds(value: str) -> str:
     """Three significant digits, without an exponent."""
     number = float(value)
@@ -94,13 +100,14 @@ def table(rows: list[Row]) -> str:
         length = f"{seq_len} + {new_tokens}" if generates else f"{seq_len} ({float(fill):.0%})"
         times = [milliseconds(found[p]["median_ms"]) if p in found else "–" for p in providers]
         speed_up = "–"
-        if BASELINE in found and PATCHED in found:
+        both = [found[name] for name in (BASELINE, PATCHED) if name in found]
+        if len(both) == 2 and of_one_run(both):
             ratio = float(found[BASELINE]["median_ms"]) / float(found[PATCHED]["median_ms"])
             speed_up = f"{ratio:.2f}x"
         ratios = [speed_up] if compared else []
         if others:
             best = min((float(found[p]["median_ms"]) for p in found if p != PATCHED), default=0.0)
-            known = best and PATCHED in found
+            known = best and PATCHED in found and of_one_run(found.values())
             ratios.append(f"{best / float(found[PATCHED]['median_ms']):.2f}x" if known else "–")
         first = next(iter(found.values()))
         floor = milliseconds(first["floor_ms"]) if first["floor_ms"] else "–"
