@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   release_dependents();
   if (split.index >= split.used) return;
   const int64_t hidden_size = int64_t(p.num_heads) * p.head_dim;
-  const T* query = p.qkv + split.row * 3 * hidden_size + split.head * p.head_dim;
-  const bool has_new = split.index == split.used - 1;
+  const T* query = p.qkv + split.row * p.query_stride + split.head * p.head_dim;
+  const bool has_new = !p.past_only && split.index == split.used - 1;
   wait_for_predecessor();
 
   // Column 0 of the second operand is the query, the others are zeros.
