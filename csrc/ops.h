@@ -178,7 +178,7 @@ struct FfnArgs {
 // Attention of one new token of every row over what a cache holds of it. Row r's keys are positions
 // kv_start[r] (0 where null) up to lengths[r] of its cache row (cache_rows[r], or r where null);
 // with `key_rows` position p stands in cache row key_rows[r * capacity + p] instead. `appends`: key
-// and value of the new token stand hidden_size and 2 * hidden_size behind its query; they go to
+// and value of the new token stand part_stride and 2 * part_stride behind its query; they go to
 // position lengths[r] of the row's cache row and are seen. A row without keys yields zeros.
 // `weights`, where not null, gets the mean over the heads of the attention weights: num_weights of
 // them, zeros where there is no key, at row weight_rows[r] (r where null) and position
@@ -186,7 +186,7 @@ struct FfnArgs {
 struct StepAttentionArgs {
   void* out;          // (rows, num_heads * head_dim)
   const void* query;  // (rows, num_heads * head_dim), rows query_stride apart
-  int64_t query_stride;
+  int64_t query_stride, part_stride;
   void *key_cache, *value_cache;  // (cache rows, num_heads, capacity, head_dim), by cache_strides
   HeadStrides cache_strides;
   const int32_t* lengths;     // (rows,)

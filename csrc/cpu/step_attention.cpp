@@ -107,15 +107,14 @@ void attend(const StepAttentionArgs& args, int64_t row, int64_t head) {
 
 template <typename T>
 void write_new(const StepAttentionArgs& args, int64_t row, int64_t head) {
-  const int64_t hidden_size = args.num_heads * args.head_dim;
   const T* source =
       static_cast<const T*>(args.query) + row * args.query_stride + head * args.head_dim;
   const int64_t target = own_cache_row(args, row) * args.cache_strides.batch +
                          head * args.cache_strides.head +
                          args.lengths[row] * args.cache_strides.token;
   const size_t size = size_t(args.head_dim) * sizeof(T);
-  std::memcpy(static_cast<T*>(args.key_cache) + target, source + hidden_size, size);
-  std::memcpy(static_cast<T*>(args.value_cache) + target, source + 2 * hidden_size, size);
+  std::memcpy(static_cast<T*>(args.key_cache) + target, source + args.part_stride, size);
+  std::memcpy(static_cast<T*>(args.value_cache) + target, source + 2 * args.part_stride, size);
 }
 
 template <typename T>

@@ -136,6 +136,7 @@ cudaError_t launch_step_attention(const StepAttentionArgs& args, cudaStream_t st
   p.out = static_cast<T*>(args.out);
   p.qkv = static_cast<const T*>(args.query);
   p.query_stride = args.query_stride;
+  p.part_stride = args.part_stride;
   p.past_only = !args.appends;
   p.starts_alone = !chained;
   p.key_cache = static_cast<T*>(args.key_cache);
@@ -151,7 +152,8 @@ cudaError_t launch_step_attention(const StepAttentionArgs& args, cudaStream_t st
   p.scale = args.softmax_scale * kLog2E;
   p.vectors =
       takes_vectors<T>(args.cache_strides, args.head_dim, args.key_cache, args.value_cache) &&
-      args.query_stride % kVectorSize<T> == 0 && is_aligned(args.query);
+      args.query_stride % kVectorSize<T> == 0 && args.part_stride % kVectorSize<T> == 0 &&
+      is_aligned(args.query);
   DecodeLayersArgs sizes = {};
   sizes.rows = args.rows;
   sizes.num_heads = args.num_heads;
@@ -240,6 +242,7 @@ cudaError_t launch_decode_layers(const DecodeLayersArgs& args, cudaStream_t stre
   attention.out = reinterpret_cast<T*>(workspace + parts.context);
   attention.qkv = reinterpret_cast<const T*>(workspace);
   attention.query_stride = 3 * hidden_size;
+  attention.part_stride = hidden_size;
   attention.lengths = args.lengths;
   attention.kv_start = args.kv_start;
   attention.cache_rows = args.cache_rows;

@@ -314,6 +314,7 @@ def launch_step_attention(
     lengths: Tensor,
     *,
     appends: bool,
+    part_stride: int = 0,
     kv_start: Tensor | None = None,
     cache_rows: Tensor | None = None,
     key_rows: Tensor | None = None,
@@ -326,8 +327,9 @@ def launch_step_attention(
 
     Args:
         out: (rows, num_heads * head_dim), contiguous.
-        query: (rows, any), each row contiguous: the query, and behind it key and value of the new
-            token if it `appends`: they are written to the cache, and seen.
+        query: (rows, num_heads * head_dim), each row contiguous. If it `appends`, key and value of
+            the new token lie `part_stride` and twice as many elements behind the query: they are
+            written to the cache, and seen.
         keys, values: (cache rows, num_heads, capacity, head_dim), of the same strides.
         lengths, kv_start, cache_rows, key_rows: as of `decode_layers`. Not appending, a row sees
             the positions below its length.
@@ -337,6 +339,7 @@ def launch_step_attention(
         out.data_ptr(),
         query.data_ptr(),
         query.stride(0),
+        part_stride,
         keys.data_ptr(),
         values.data_ptr(),
         keys.stride()[:3],
