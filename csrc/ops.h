@@ -363,6 +363,37 @@ struct BeamStepArgs {
   bool stop_when_full;  // a batch row with num_beams ended sequences takes no more
 };
 constexpr int64_t kMaxBeams = 32;
+
+// One step of fairseq's beam search over hypotheses that stand in rows, num_beams a sentence: of a
+// sentence's continuations the `kept` best, of those what ends, and what the rows go on with. Equal
+// scores keep the order of the continuations; NaN counts as -inf. Row r stands for slot slots[r] of
+// tokens and history_scores, sentence s for place places[s] of what ended; a sentence that is done
+// stays as it is. lengths[r], the same in all rows of a sentence, is the number of the step: the
+// position whose keys stand in the row's own slot. Of a row that goes on from another one, columns
+// below that of key_rows come from there, and column lengths[r] gets the other's slot; the token
+// and its score go to position lengths[r] + 1. Those of the num_beams best that are `eos` end,
+// unless their place is that of an ignored row: they are filed, with the slot of each position,
+// until there are num_beams of them, and then the sentence is done. Rows get the others in their
+// order, behind them those that ended or were ignored, and are ignored in the next step.
+struct HypothesisStepArgs {
+  const float* scores;                // (rows, kept), each row largest first
+  const int32_t* candidate_tokens;    // (rows, kept)
+  float* running_scores;              // (rows,)
+  uint8_t* ignored;                   // (rows,)
+  const int32_t* places;              // (sentences,)
+  const int32_t* slots;               // (rows,)
+  int32_t* lengths;                   // (rows,)
+  int64_t *input_ids, *position_ids;  // (rows,): the new token, and + 1
+  int32_t* key_rows;                  // (rows, capacity)
+  int64_t* tokens;                    // (slots, capacity)
+  float* history_scores;              // (slots, capacity)
+  int32_t* ended;                     // (places,) how many have
+  uint8_t* is_done;                   // (places,)
+  float* ended_scores;                // (places, num_beams)
+  int32_t* ended_lengths;             // (places, num_beams) in tokens
+  int32_t* ended_rows;                // (places, num_beams, capacity)
+  int64_t sentences, num_beams, kept, capacity, eos;
+};
 // Bits of `outlook`: a running beam may still win, one may go on, a place for one that ends is
 // free. Only stop_when_full ever clears the last.
 constexpr int kImprovable = 1, kContinuable = 2, kOpen = 4, kBeamsGoOn = 7;
@@ -391,10 +422,11 @@ const char* capability();  // "avx512", "avx2" or "portable": what the dispatch 
 
 namespace cuda {
 EET_DECLARE_OPS
-// On the CPU these are torch's (eet_patch/ops/selection.py, beam_selection.py).
+// On the CPU these are torch's (eet_patch/ops/selection.py, beam_selection.py, hypotheses.py).
 Status select_token(const SelectTokenArgs& args, const Context& context);
 Status top_candidates(const TopCandidatesArgs& args, const Context& context);
 Status beam_step(const BeamStepArgs& args, const Context& context);
+Status hypothesis_step(const HypothesisStepArgs& args, const Context& context);
 int64_t select_token_workspace_bytes(const SelectTokenArgs& args);
 int64_t top_candidates_workspace_bytes(const TopCandidatesArgs& args);
 }  // namespace cuda

@@ -1,5 +1,5 @@
-"""Where the parameters of fairseq's TransformerDecoder lie, for decoding token by token, or why they
-can't be read in place.
+"""Where the parameters of fairseq's TransformerDecoder lie, for decoding token by token, or why
+they can't be read in place.
 """
 
 from __future__ import annotations
@@ -66,6 +66,10 @@ def model_reason(model: Any) -> str | None:
     for name in ("get_normalized_probs", "get_normalized_probs_scriptable"):
         if name in model.__dict__:
             return f"{name} of the model was replaced"
+    encoder = getattr(model, "encoder", None)
+    known = ("TransformerEncoderBase", "TransformerEncoder")
+    if encoder is not None and type(encoder).__name__ not in known:
+        return f"the encoder is a {type(encoder).__name__}"
     return None
 
 
@@ -78,7 +82,7 @@ def decoder_of(decoder: Any, has_encoder: bool) -> SentenceDecoder | str:
     for name in _DECODER_METHODS:
         if name in decoder.__dict__:
             return f"{name} of the decoder was replaced"
-    for name in ("adaptive_softmax", "project_in_dim", "project_out_dim", "quant_noise"):
+    for name in ("adaptive_softmax", "quant_noise"):
         if getattr(decoder, name) is not None:
             return f"the decoder has a {name}"
     if decoder.cross_self_attention:
@@ -94,19 +98,31 @@ def decoder_of(decoder: Any, has_encoder: bool) -> SentenceDecoder | str:
     if embed.max_norm is not None:
         return "the embedding renormalises its rows"
     word_weight = embed.weight
-    like = word_weight[:1][None]
-    vocab_size, hidden_size = word_weight.shape
-    reason = parameter_reason(word_weight, word_weight, (vocab_size, hidden_size)) or linear_reason(
-        decoder.output_projection, like, hidden_size, decoder.output_projection.weight.shape[0]
-    )
+    first = next(iter(decoder.layers), None)
+    if first is None:
+        return "the decoder has no layers"
+    hidden_size = decoder.embed_dim
+    like = word_weight.new_empty(1, 1, hidden_size)
+    reason = parameter_reason(word_weight, word_weight, tuple(word_weight.shape))
+    project_in, project_out = decoder.project_in_dim, decoder.project_out_dim
+    sizes = (word_weight.shape[1], hidden_size, decoder.output_embed_dim)
+    for module, in_features, out_features in zip(
+        (project_in, project_out), sizes[:2], sizes[1:], strict=True
+    ):
+        if reason is None and module is not None:
+            reason = submodule_reason(module, nn.Linear) or linear_reason(
+                module, like, in_features, out_features
+            )
+        elif reason is None and in_features != out_features:
+            reason = "the embedding and the layers differ in size"
+    head = decoder.output_projection
+    reason = reason or linear_reason(head, like, sizes[2], head.weight.shape[0])
     if reason is not None:
         return reason
     position_weight = _positions(decoder.embed_positions, like)
     if isinstance(position_weight, str):
         return position_weight
     layers = list(decoder.layers)
-    if not layers:
-        return "the decoder has no layers"
     layer_class = _class("fairseq.modules.transformer_layer", "TransformerDecoderLayerBase")
     for layer in layers:
         if type(layer) is not layer_class:
@@ -206,6 +222,8 @@ def _parameters(
         NO_NORM
         if final_norm is None
         else Norm("pre", final_norm.weight, final_norm.bias, final_norm.eps),
+        _pair_of(decoder.project_in_dim),
+        _pair_of(decoder.project_out_dim),
         head.weight,
         head.bias,
         first.self_attn.num_heads,
@@ -213,6 +231,10 @@ def _parameters(
         eps,
         not first.normalize_before,
     )
+
+
+def _pair_of(module: Any) -> tuple[Tensor, Tensor | None] | None:
+    return None if module is None else (module.weight, module.bias)
 
 
 def _layer(modules: dict[str, Any], attn: Any, cross: Any) -> DecodeLayer:

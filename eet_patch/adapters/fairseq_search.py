@@ -115,6 +115,11 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
             return f"the source is on {source.device} and the model on {model.word_weight.device}"
         if model.layers[0].cross is not None and source.shape[1] > MAX_SOURCE_LEN:
             return f"a source has {source.shape[1]} tokens"
+        padding = source.eq(generator.pad)
+        if model.layers[0].cross is not None and source.shape[1] > 2:
+            # What is seen of a sentence is told by where it begins and ends.
+            if int((padding[:, 1:] != padding[:, :-1]).sum(1).max()) > 1:
+                return "a source has padding within it, or on both sides"
         if generator.vocab_size != model.head_weight.shape[0]:
             return "the dictionary and the output projection differ in size"
         lengths = net_input.get("src_lengths")
@@ -209,9 +214,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
 
 
 def sentences_of(encoder_out: dict[str, Any]) -> Sentences:
-    """The encoder's output by sentence, its padding moved behind what is none where it is neither
-    on the left nor on the right: attention doesn't ask for the order.
-    """
+    """The encoder's output by sentence, and where its padding on one side ends."""
     states = encoder_out["encoder_out"][0].transpose(0, 1)
     batch, length = states.shape[:2]
     masks = encoder_out["encoder_padding_mask"]
@@ -229,17 +232,13 @@ def hypotheses(
     generator: Any, ended: Ended, source_lengths: Tensor, source_len: int
 ) -> list[list[dict[str, Tensor]]]:
     """What the generator returns: dictionaries, those of a sentence by score."""
-    lengths = torch.zeros_like(ended.scores, dtype=torch.int64)
     scores = ended.scores
-    counts = torch.arange(scores.shape[1], device=scores.device)
-    lengths = torch.tensor(
-        [row + [1] * (scores.shape[1] - len(row)) for row in ended.lengths], device=scores.device
-    ).view(scores.shape)
+    rows = [row + [1] * (scores.shape[1] - len(row)) for row in ended.lengths]
+    lengths = torch.tensor(rows, device=scores.device).view(scores.shape)
     if generator.normalize_scores:
         scores = scores / lengths.double().pow(generator.len_penalty).float()
     if generator.match_source_len:
         scores = scores.masked_fill(lengths - 1 > source_lengths[:, None], -torch.inf)
-    del counts
     on_host = scores.tolist()
     found = []
     for sentence, (count, tokens) in enumerate(zip(ended.counts, ended.lengths, strict=True)):

@@ -392,7 +392,9 @@ def _begin_with(run: Search, prefix: Tensor, length: int, ends: list[bool]) -> i
     returns how many tokens it took.
     """
     options, step = run.options, run.step
-    whole = ~((prefix[:, :length] == options.pad).any(0) | torch.tensor(ends[:length]).to(prefix.device))
+    whole = ~(
+        (prefix[:, :length] == options.pad).any(0) | torch.tensor(ends[:length]).to(prefix.device)
+    )
     common = int(whole.long().cumprod(0).sum())
     if common == 0:
         return 0
@@ -400,7 +402,7 @@ def _begin_with(run: Search, prefix: Tensor, length: int, ends: list[bool]) -> i
     batch, beams = prefix.shape[0], options.beams
     first = torch.full_like(prefix[:, :1], options.first)
     fed = torch.cat([first, prefix[:, : common - 1]], 1)
-    states = step.skip(run.model, beams, fed).flatten(0, 1)
+    states = step.skip(run.model, beams, fed)
     targets = prefix[:, :common].reshape(-1)
     scores = torch.empty(len(targets), device=step.device)
     for begin in range(0, len(targets), SCORED_ROWS):
@@ -412,8 +414,8 @@ def _begin_with(run: Search, prefix: Tensor, length: int, ends: list[bool]) -> i
         scores[rows] = made.gather(1, targets[rows, None])[:, 0]
     sums = scores.view(batch, common).cumsum(1)
     slots = torch.arange(0, batch * beams, beams, device=step.device)
-    step.tokens[slots, 1 : common] = prefix[:, : common - 1]
-    step.scores[slots, 1 : common] = sums[:, :-1]
+    step.tokens[slots, 1:common] = prefix[:, : common - 1]
+    step.scores[slots, 1:common] = sums[:, :-1]
     everyone = torch.arange(batch * beams, device=step.device)
     step.tokens[everyone, common] = prefix[:, common - 1].repeat_interleave(beams)
     step.scores[everyone, common] = sums[:, -1].repeat_interleave(beams)

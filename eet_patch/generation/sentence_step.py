@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eet_patch import patching, reporting
@@ -21,6 +22,7 @@ from eet_patch.generation.step import Appended, plain_tensors
 from eet_patch.ops import blocks, decode
 from eet_patch.ops._extension import extension, place
 from eet_patch.ops.launch import (
+    MAX_SKINNY_ROWS,
     NO_NORM,
     KVCache,
     Norm,
@@ -50,7 +52,11 @@ class SentenceDecoder(NamedTuple):
     first_position: int
     embed_norm: Norm
     final_norm: Norm
-    head_weight: Tensor  # (vocab_size, hidden_size)
+    # Weight and bias of what stands between the word embedding and the layers, and between them
+    # and the head, where those have another size.
+    project_in: tuple[Tensor, Tensor | None] | None
+    project_out: tuple[Tensor, Tensor | None] | None
+    head_weight: Tensor  # (vocab_size, its size)
     head_bias: Tensor | None
     num_heads: int
     activation: str | None
@@ -59,7 +65,7 @@ class SentenceDecoder(NamedTuple):
 
     @property
     def hidden_size(self) -> int:
-        return self.word_weight.shape[1]
+        return self.layers[0].out_weight.shape[0]
 
     def addresses(self) -> tuple[object, ...]:
         """What a captured step rests on: every address and number that it bakes in."""
@@ -88,6 +94,22 @@ class Sentences(NamedTuple):
 
 def in_blocks(tokens: int) -> int:
     return (tokens + BLOCK - 1) // BLOCK * BLOCK
+
+
+def product_into(out: Tensor, states: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        torch.mm(states, weight.t(), out=out)
+    else:
+        torch.addmm(bias, states, weight.t(), out=out)
+
+
+def before_head(model: SentenceDecoder, states: Tensor) -> Tensor:
+    """What the head reads of the last layer's output (rows, hidden_size)."""
+    if model.final_norm.placement is not None:
+        states = layernorm(states, model.final_norm)
+    if model.project_out is not None:
+        states = torch_linear(states, *model.project_out, False)
+    return states
 
 
 class SentenceStep:
@@ -128,6 +150,13 @@ class SentenceStep:
         self._pool: Any = None
         self._stream: Any = None
         self._held: dict[object, tuple[Tensor, ...]] = {}
+        self.key_rows = integers(i32, rows, capacity)
+        # By slot and position: the token fed there, and its hypothesis' score so far.
+        self.tokens = integers(i64, rows, capacity)
+        self.scores = integers(torch.float32, rows, capacity)
+        self.weights: Tensor | None = None
+        if cross_len:
+            self.weights = integers(torch.float32, rows, capacity, cross_len)
         self._take_capacity(model, capacity)
 
     def _take_capacity(self, model: SentenceDecoder, capacity: int) -> None:
@@ -154,15 +183,6 @@ class SentenceStep:
             self.key_rows = longer(self.key_rows)
             self.tokens, self.scores = longer(self.tokens), longer(self.scores)
             self.weights = None if self.weights is None else longer(self.weights)
-        else:
-            i32, device = torch.int32, like.device
-            self.key_rows = torch.zeros(rows, capacity, dtype=i32, device=device)
-            # By slot and position: the token fed there, and its hypothesis' score so far.
-            self.tokens = torch.zeros(rows, capacity, dtype=torch.int64, device=device)
-            self.scores = torch.zeros(rows, capacity, device=device)
-            self.weights = None
-            if self.cross_len:
-                self.weights = torch.zeros(rows, capacity, self.cross_len, device=device)
         self.capacity = capacity
         self._bind(model)
 
@@ -185,10 +205,10 @@ class SentenceStep:
             )
         self.layers = tuple(layers)
         self._table = decode.pack_layers(layers, False, model.post_norm)
-        few = self.rows
-        if not uses_our_products(self.hidden_states, few):
-            few = max(n for n in range(min(few, 64) + 1) if uses_our_products(self.hidden_states, n))
-        self._workspace = decode.decode_layers_workspace(self._table, model.word_weight, few)
+        most = self.rows  # that `decode_layers` gets
+        while most and not uses_our_products(self.hidden_states, most):
+            most = most // 2 if most > 2 * MAX_SKINNY_ROWS else most - 1
+        self._workspace = decode.decode_layers_workspace(self._table, model.word_weight, most)
 
     def grow(self, model: SentenceDecoder, capacity: int) -> None:
         """Room for `capacity` tokens, which stand elsewhere from then on."""
@@ -252,8 +272,8 @@ class SentenceStep:
                 target[:batch, :length] = made.view(batch, length, -1)
 
     def skip(self, model: SentenceDecoder, beams: int, tokens: Tensor) -> Tensor:
-        """Feeds what all hypotheses begin with, (batch, length) tokens, in one pass; returns the
-        hidden states (batch, length, hidden_size) behind the last norm. For decoders alone.
+        """Feeds what all hypotheses begin with, (batch, length) tokens, in one pass; returns what
+        the head reads, (batch * length, its size). For decoders alone.
         """
         batch, length = tokens.shape
         positions = torch.arange(length, device=self.device)
@@ -262,7 +282,7 @@ class SentenceStep:
         hidden_states = hidden_states.view(batch, length, -1)
         placement = "post" if model.post_norm else "pre"
         for index, layer in enumerate(model.layers):
-            first_rows = (t[index][: batch * beams : beams] for t in (self.keys, self.values))
+            keys, values = (t[index][: batch * beams : beams] for t in (self.keys, self.values))
             hidden_states = blocks.attention_block(
                 hidden_states,
                 layer.qkv_weights,
@@ -274,7 +294,7 @@ class SentenceStep:
                 layer.softmax_scale,
                 Norm(placement, layer.norm1_weight, layer.norm1_bias, model.norm_eps),
                 causal=True,
-                cache=KVCache(*first_rows, 0),
+                cache=KVCache(keys, values, 0),
             )
             hidden_states = self._feed_forward(model, layer, hidden_states)
         rows = batch * beams
@@ -282,10 +302,7 @@ class SentenceStep:
         self.key_rows[:rows, :length] = own // beams * beams
         self.lengths.fill_(length)
         self.position_ids.fill_(model.first_position + length)
-        if model.final_norm.placement is None:
-            return hidden_states
-        flat = layernorm(hidden_states.view(batch * length, -1), model.final_norm)
-        return flat.view(hidden_states.shape)
+        return before_head(model, hidden_states.view(batch * length, -1))
 
     def keep_rows(self, kept: Tensor) -> None:
         """Goes on with these rows alone, in this order; their slots go with them."""
@@ -375,34 +392,27 @@ class SentenceStep:
                 None,
                 self._view(),
             )
-            norm = model.final_norm
-            linear(
-                hidden_states,
-                (model.head_weight,),
-                (model.head_bias,),
-                False,
-                norm=norm,
-                out=logits,
-            )
+            states, norm = hidden_states, model.final_norm
+            if model.project_out is not None:
+                weight, bias = model.project_out
+                states, norm = linear(states, (weight,), (bias,), False, norm=norm), NO_NORM
+            head = (model.head_weight,), (model.head_bias,)
+            linear(states, *head, False, norm=norm, out=logits)
             return
         states = self._through_layers(model, hidden_states)
-        if model.final_norm.placement is not None:
-            states = layernorm(states, model.final_norm)
-        if model.head_bias is None:
-            torch.mm(states, model.head_weight.t(), out=logits)
-        else:
-            torch.addmm(model.head_bias, states, model.head_weight.t(), out=logits)
+        product_into(logits, before_head(model, states), model.head_weight, model.head_bias)
 
     def _view(self) -> decode.CrossView | None:
         if not self.cross_len:
             return None
-        return decode.CrossView(
-            self.cross_rows, self.cross_start, self.cross_lengths, self.weights
-        )
+        return decode.CrossView(self.cross_rows, self.cross_start, self.cross_lengths, self.weights)
 
     def _embed(
         self, model: SentenceDecoder, out: Tensor, input_ids: Tensor, position_ids: Tensor
     ) -> None:
+        if model.project_in is not None:
+            self._embed_projected(model, out, input_ids, position_ids)
+            return
         positions, norm = model.position_weight, model.embed_norm
         rows, hidden_size = out.shape
         extension().embedding(
@@ -427,6 +437,18 @@ class SentenceStep:
             *place(out),
         )
 
+    def _embed_projected(
+        self, model: SentenceDecoder, out: Tensor, input_ids: Tensor, position_ids: Tensor
+    ) -> None:
+        assert model.project_in is not None
+        words = F.embedding(input_ids, model.word_weight) * model.word_scale
+        product_into(out, words, *model.project_in)
+        if model.position_weight is not None:
+            positions = F.embedding(position_ids, model.position_weight)
+            out.view(-1, len(positions), out.shape[1]).add_(positions)
+        if model.embed_norm.placement is not None:
+            layernorm(out, model.embed_norm, out)
+
     def _through_layers(self, model: SentenceDecoder, hidden_states: Tensor) -> Tensor:
         rows, hidden_size = hidden_states.shape
         placement = "post" if model.post_norm else "pre"
@@ -436,10 +458,7 @@ class SentenceStep:
             norm = Norm(placement, layer.norm1_weight, layer.norm1_bias, model.norm_eps)
             normed = hidden_states if model.post_norm else layernorm(hidden_states, norm)
             for part, weight, bias in zip(parts, layer.qkv_weights, layer.qkv_biases, strict=True):
-                if bias is None:
-                    torch.mm(normed, weight.t(), out=part)
-                else:
-                    torch.addmm(bias, normed, weight.t(), out=part)
+                product_into(part, normed, weight, bias)
             decode.launch_step_attention(
                 context,
                 parts[0],

@@ -110,6 +110,7 @@ def pack_layers(layers: Sequence[DecodeLayer], in_out: bool, post_norm: bool = F
         )
     host = torch.frombuffer(packed, dtype=torch.uint8)
     first = layers[0]
+    cross = None if first.cross is None else first.cross.keys
     _, num_heads, capacity, head_dim = first.key_cache.shape
     return LayerTable(
         host,
@@ -122,8 +123,8 @@ def pack_layers(layers: Sequence[DecodeLayer], in_out: bool, post_norm: bool = F
         head_dim,
         capacity,
         post_norm,
-        (0, 0, 0) if first.cross is None else first.cross.keys.stride()[:3],
-        0 if first.cross is None else first.cross.keys.shape[2],
+        (0, 0, 0) if cross is None else (cross.stride(0), cross.stride(1), cross.stride(2)),
+        0 if cross is None else cross.shape[2],
     )
 
 

@@ -107,9 +107,8 @@ def launch_hypothesis_step(state: Hypotheses, scores: Tensor, tokens: Tensor, eo
     beams = state.ended_scores.shape[1]
     rows, kept = scores.shape
     if runs_in_torch(scores):
-        best, at = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf).view(-1, beams * kept).topk(
-            kept
-        )
+        whole = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf).view(-1, beams * kept)
+        best, at = (t[:, :kept] for t in whole.sort(dim=1, descending=True, stable=True))
         chosen = tokens.view(-1, beams * kept).gather(1, at)
         torch_hypothesis_step(state, best, chosen.long(), at // kept, eos)
         return
@@ -146,7 +145,7 @@ def torch_hypothesis_step(
     # What ends now, behind what has ended.
     ending = ends[:, :beams] & ~done[:, None]
     if device.type != "cpu" or bool(ending.any()):
-        _end(state, scores, rows, ending, step)
+        _end(state, scores, rows, ending)
 
     # Those that go on, in their order, and behind them the others in theirs.
     blocked = ends.clone()
@@ -178,7 +177,7 @@ def torch_hypothesis_step(
     state.scores[at] = torch.where(running, score, state.scores[at])
 
 
-def _end(state: Hypotheses, scores: Tensor, rows: Tensor, ending: Tensor, step: Tensor | int) -> None:
+def _end(state: Hypotheses, scores: Tensor, rows: Tensor, ending: Tensor) -> None:
     """Files the continuations of `rows` (sentences, kept) that end among the best `beams`."""
     beams = ending.shape[1]
     places = state.places.long()

@@ -299,7 +299,8 @@ def test_step_attention(device, dtype, rows, appends):
     own, theirs = copied(keys), copied(values)
     decode.launch_step_attention(
         out, qkv, keys, values, heads, head_dim**-0.5, move(lengths), appends=appends,
-        part_stride=hidden_size, kv_start=move(starts), cache_rows=move(cache_rows), key_rows=move(key_rows),
+        part_stride=hidden_size, kv_start=move(starts), cache_rows=move(cache_rows),
+        key_rows=move(key_rows),
         weights=weights, weight_positions=None if appends else torch.ones_like(move(lengths)),
     )  # fmt: skip
     assert_as_accurate_as_torch(out, lambda *t: attention(*t)[0], qkv, own, theirs)
