@@ -99,7 +99,7 @@ def sample_of(case: Case, size: int, device: str) -> dict[str, dict[str, Tensor]
 
 
 def packed(found: list[list[dict[str, Tensor]]], case: Case, beams: int) -> Tensor:
-    """Tokens and their scores, (sentences, beams, 2, tokens) in fp64; hypotheses have one length."""
+    """Tokens and their scores, (sentences, beams, 2, tokens) in fp64; all have one length."""
     rows = [
         torch.stack([hypothesis["tokens"].double(), hypothesis["positional_scores"].double()])
         for sentence in found

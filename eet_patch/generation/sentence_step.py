@@ -208,7 +208,9 @@ class SentenceStep:
         most = self.rows  # that `decode_layers` gets
         while most and not uses_our_products(self.hidden_states, most):
             most = most // 2 if most > 2 * MAX_SKINNY_ROWS else most - 1
-        self._workspace = decode.decode_layers_workspace(self._table, model.word_weight, most)
+        self._workspace = decode.decode_layers_workspace(
+            self._table, model.word_weight, max(most, 1)
+        )
 
     def grow(self, model: SentenceDecoder, capacity: int) -> None:
         """Room for `capacity` tokens, which stand elsewhere from then on."""
