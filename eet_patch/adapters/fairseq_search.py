@@ -155,6 +155,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
             and not generator.unk_penalty
             and beams <= min(MAX_BEAMS, MAX_CANDIDATES // 2)
             and 2 * beams < generator.vocab_size
+            and (suppressed is None or generator.eos not in suppressed.tolist())
         )
         return SearchOptions(
             beams,
@@ -195,8 +196,8 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
 
         source_len = 0 if seen is None else seen.states.shape[1]
         prefix = arguments.get("prefix_tokens")
-        likely = source_len + source_len // 2 + (0 if prefix is None else prefix.shape[1])
-        capacity = min(options.max_len + 2, likely + BLOCK)
+        likely = max(source_len, 0 if prefix is None else prefix.shape[1])
+        capacity = min(options.max_len + 2, likely + likely // 2 + 2 * BLOCK)
         owner = generator.model.single_model.decoder
         rows = filled_up(batch, model.word_weight.device) * beams
         step = borrow(owner, model, rows, capacity, source_len)
@@ -232,30 +233,36 @@ def hypotheses(
     generator: Any, ended: Ended, source_lengths: Tensor, source_len: int
 ) -> list[list[dict[str, Tensor]]]:
     """What the generator returns: dictionaries, those of a sentence by score."""
-    scores = ended.scores
-    rows = [row + [1] * (scores.shape[1] - len(row)) for row in ended.lengths]
-    lengths = torch.tensor(rows, device=scores.device).view(scores.shape)
+    scores, device = ended.scores, ended.scores.device
+    lengths = torch.tensor(ended.lengths, device=device)
     if generator.normalize_scores:
         scores = scores / lengths.double().pow(generator.len_penalty).float()
     if generator.match_source_len:
-        scores = scores.masked_fill(lengths - 1 > source_lengths[:, None], -torch.inf)
+        counts = torch.tensor(ended.counts, device=device)
+        longer = lengths - 1 > source_lengths.repeat_interleave(counts)
+        scores = scores.masked_fill(longer, -torch.inf)
+    # Views of all at once: one by one they would take longer than some steps.
+    tokens = ended.tokens.split(ended.lengths)
+    positional = ended.positional_scores.split(ended.lengths)
+    attention: Any = [torch.empty(0)] * len(ended.lengths)
+    if ended.weights is not None:
+        attention = ended.weights[:source_len].split(ended.lengths, 1)
+    single = scores.unbind()
     on_host = scores.tolist()
-    found = []
-    for sentence, (count, tokens) in enumerate(zip(ended.counts, ended.lengths, strict=True)):
-        made = []
-        for index, length in zip(range(count), tokens, strict=True):
-            attention = torch.empty(0)
-            if ended.weights is not None:
-                attention = ended.weights[sentence, index, :length, :source_len].t()
-            made.append(
+    found, first = [], 0
+    for count in ended.counts:
+        order = sorted(range(first, first + count), key=on_host.__getitem__, reverse=True)
+        found.append(
+            [
                 {
-                    "tokens": ended.tokens[sentence, index, :length],
-                    "score": scores[sentence, index],
-                    "attention": attention,
+                    "tokens": tokens[index],
+                    "score": single[index],
+                    "attention": attention[index],
                     "alignment": torch.empty(0),
-                    "positional_scores": ended.positional_scores[sentence, index, :length],
+                    "positional_scores": positional[index],
                 }
-            )
-        _, order = torch.sort(torch.tensor(on_host[sentence][:count]), descending=True)
-        found.append([made[index] for index in order.tolist()])
+                for index in order
+            ]
+        )
+        first += count
     return found

@@ -69,14 +69,16 @@ class HostSearch(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """What a search ended with, of each sentence in the order in which it ended."""
+    """What a search ended with, of each sentence in the order in which it ended; all tokens one
+    behind the other.
+    """
 
-    counts: list[int]
-    lengths: list[list[int]]  # in tokens
-    scores: Tensor  # (batch, beams) float32, sums of log probabilities
-    tokens: Tensor  # (batch, beams, longest)
-    positional_scores: Tensor  # (batch, beams, longest) float32
-    weights: Tensor | None  # (batch, beams, longest, cross_len) float32
+    counts: list[int]  # hypotheses of each sentence
+    lengths: list[int]  # of each hypothesis, in tokens
+    scores: Tensor  # (hypotheses,) float32, sums of log probabilities
+    tokens: Tensor  # (tokens,)
+    positional_scores: Tensor  # (tokens,) float32
+    weights: Tensor | None  # (cross_len, tokens) float32
 
 
 class Search:
@@ -190,6 +192,21 @@ class Search:
         key = (options.beams, options.temperature, options.min_len, options.eos, options.suppressed)
         step.run(self.model, rows, Appended(("plain", options.pad, *key), launch))
 
+    def run_last(self) -> None:
+        """The step in which all hypotheses end, behind which plain beam search has no choice."""
+        step, options = self.step, self.options
+        rows = len(self.alive) * options.beams
+        step.run(self.model, rows)
+        logits = step.logits[:rows]
+        if options.temperature != 1.0:
+            logits.div_(options.temperature)
+        ends = F.log_softmax(logits, -1, dtype=torch.float32)[:, options.eos]
+        best, tokens = self.best_scores[:rows], self.best_tokens[:rows]
+        best.fill_(-torch.inf)
+        best[:, 0] = ends + self.running_scores[:rows]
+        tokens.fill_(options.eos)
+        launch_hypothesis_step(self.state(), best, tokens, options.eos)
+
     def run_in_torch(self, number: int, prefix: Tensor | None, ends_prefix: bool) -> None:
         """A step, and the host's own search behind it. `prefix` (sentences,): the tokens that are
         prescribed now; padding prescribes nothing.
@@ -261,7 +278,8 @@ class Search:
         most = in_blocks(self.options.max_len + 2)
         before = [*self.state()]
         held = (self.running_scores, self.ignored, self.places, self.ended, self.is_done)
-        step.grow(self.model, min(most, max(in_blocks(tokens), step.capacity + GROWTH)))
+        further = step.capacity + max(GROWTH, step.capacity // 2)
+        step.grow(self.model, min(most, in_blocks(max(tokens, further))))
         filed = self.ended_scores, self.ended_lengths, before[-1]
         self._take_buffers()
         now = (self.running_scores, self.ignored, self.places, self.ended, self.is_done)
@@ -299,23 +317,31 @@ class Search:
 
     def results(self) -> Ended:
         """Reads what has ended, along the slots that each hypothesis went through."""
-        step, batch = self.step, self.batch
-        counts, lengths = self.ended[:batch].tolist(), self.ended_lengths[:batch]
-        per_sentence = [row[:count] for row, count in zip(lengths.tolist(), counts, strict=True)]
-        longest = max((max(row, default=0) for row in per_sentence), default=0)
+        step, batch, beams = self.step, self.batch, self.options.beams
+        counts = self.ended[:batch]
+        there = torch.arange(beams, device=step.device) < counts[:, None]
+        lengths = self.ended_lengths[:batch].masked_fill(~there, 0)
+        numbers = torch.cat([counts, lengths.view(-1)]).tolist()
+        longest = max(numbers[batch:], default=0)
         at = torch.arange(longest, device=step.device)
+        used = at < lengths[:, :, None]
         paths = self.ended_rows[:batch, :, :longest].long()
         last = at == lengths[:, :, None] - 1
         # Token j was fed at position j + 1, but for the last, which nobody fed.
         fed = torch.cat([paths[:, :, 1:], paths[:, :, :1]], 2)
         behind = (at + 1).clamp(max=step.capacity - 1)
         tokens = step.tokens[fed, behind].masked_fill(last, self.options.eos)
-        scores = self.ended_scores[:batch].clone()
+        scores = self.ended_scores[:batch]
         sums = torch.where(last, scores[:, :, None], step.scores[fed, behind])
         positional = sums.clone()
         positional[:, :, 1:] -= sums[:, :, :-1]
-        weights = None if step.weights is None else step.weights[paths, at]
-        return Ended(counts, per_sentence, scores, tokens, positional, weights)
+        weights = None
+        if step.weights is not None:
+            weights = step.weights[paths[used], at.expand_as(paths)[used]].t()
+        lengths_used = [length for length in numbers[batch:] if length]
+        return Ended(
+            numbers[:batch], lengths_used, scores[there], tokens[used], positional[used], weights
+        )
 
 
 def _prescribe(scores: Tensor, tokens: Tensor, pad: int) -> Tensor:
@@ -357,8 +383,8 @@ def search(
     patient = on_gpu and options.is_plain
     while number <= options.max_len and not over:
         run.make_room(number + 2)
-        if options.is_plain and number >= prefix_len and number < options.max_len:
-            run.run_plain()
+        if options.is_plain and number >= prefix_len:
+            run.run_plain() if number < options.max_len else run.run_last()
         else:
             now = None
             if prefix is not None and number < prefix_len:
