@@ -197,10 +197,10 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         source_len = 0 if seen is None else seen.states.shape[1]
         prefix = arguments.get("prefix_tokens")
         likely = max(source_len, 0 if prefix is None else prefix.shape[1])
-        capacity = min(options.max_len + 2, likely + likely // 2 + 2 * BLOCK)
+        capacity = min(options.max_len + 2, likely + likely // 4 + BLOCK // 2)
         owner = generator.model.single_model.decoder
-        rows = filled_up(batch, model.word_weight.device) * beams
-        step = borrow(owner, model, rows, capacity, source_len)
+        sentences = filled_up(batch, model.word_weight.device)
+        step = borrow(owner, model, sentences, sentences * beams, capacity, source_len)
         try:
             ended = search(step, model, options, HostSearch(choose, block), batch, seen, prefix)
         finally:

@@ -113,19 +113,23 @@ def before_head(model: SentenceDecoder, states: Tensor) -> Tensor:
 
 
 class SentenceStep:
-    """Buffers for up to `rows` rows of `capacity` tokens, over sentences of up to `cross_len`, and
-    the graphs over them. Rows are the beams of sentences, one sentence behind the other; a row
+    """Buffers for up to `rows` rows of `capacity` tokens, over `sentences` of up to `cross_len`,
+    and the graphs over them. Rows are the beams of sentences, one sentence behind the other; a row
     stands for a slot, which is the row that it was when the call began.
     """
 
-    def __init__(self, model: SentenceDecoder, rows: int, capacity: int, cross_len: int) -> None:
+    def __init__(
+        self, model: SentenceDecoder, sentences: int, rows: int, capacity: int, cross_len: int
+    ) -> None:
         with plain_tensors():
-            self._allocate(model, rows, capacity, cross_len)
+            self._allocate(model, sentences, rows, capacity, cross_len)
 
-    def _allocate(self, model: SentenceDecoder, rows: int, capacity: int, cross_len: int) -> None:
+    def _allocate(
+        self, model: SentenceDecoder, sentences: int, rows: int, capacity: int, cross_len: int
+    ) -> None:
         like = model.word_weight
         self.device, self.rows, self.capacity = like.device, rows, capacity
-        self.cross_len = cross_len
+        self.sentences, self.cross_len = sentences, cross_len
         self.addresses = model.addresses()
         self.stream = place(like)[2]
         hidden_size = model.hidden_size
@@ -140,7 +144,7 @@ class SentenceStep:
         self.cross_lengths = integers(i32, rows)
         self.hidden_states = like.new_empty(rows, hidden_size)
         self.logits = like.new_empty(rows, model.head_weight.shape[0])
-        cross = (rows, cross_len, hidden_size)
+        cross = (sentences, cross_len, hidden_size)
         self.cross_keys = [like.new_zeros(cross) for _ in model.layers] if cross_len else []
         self.cross_values = [like.new_zeros(cross) for _ in model.layers] if cross_len else []
         self.keys: list[Tensor] = []
@@ -252,6 +256,7 @@ class SentenceStep:
             tensor.fill_(value)
         self.scores.zero_()
         torch.arange(self.rows, out=self.slots)
+        self.cross_lengths.zero_()
         if seen is None:
             return
         sentence = torch.arange(batch, dtype=torch.int32, device=self.device)
@@ -356,6 +361,7 @@ class SentenceStep:
         """
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
+        if not self._graphs:  # torch doesn't take a pool again whose graphs are all gone
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -537,28 +543,29 @@ _lent: weakref.WeakSet[SentenceStep] = weakref.WeakSet()
 
 
 def borrow(
-    owner: Any, model: SentenceDecoder, rows: int, capacity: int, cross_len: int
+    owner: Any, model: SentenceDecoder, sentences: int, rows: int, capacity: int, cross_len: int
 ) -> SentenceStep:
-    """A step of `owner` for at least so many rows and tokens; nobody else's until given back."""
+    """A step of `owner` for at least so much; nobody else's until it is given back."""
     capacity, cross_len = in_blocks(capacity), in_blocks(cross_len)
     with _lock:
         step = _idle.pop(owner, None)
     if step is not None:
-        fits = step.rows >= rows and step.capacity >= capacity and step.cross_len >= cross_len
+        fits = step.rows >= rows and step.sentences >= sentences
+        fits = fits and step.capacity >= capacity and step.cross_len >= cross_len
         # On another stream its last call may still be under way.
         same = step.addresses == model.addresses() and step.stream == place(model.word_weight)[2]
         if not (fits and same and bool(step.cross_len) == bool(cross_len)):
             step = None  # gone before another one is made
     if step is None:
         try:
-            step = SentenceStep(model, rows, capacity, cross_len)
+            step = SentenceStep(model, sentences, rows, capacity, cross_len)
         except torch.OutOfMemoryError:
             with _lock:
                 if not _idle:
                     raise
         if step is None:  # out of the handler, whose exception holds what was allocated
             release()
-            step = SentenceStep(model, rows, capacity, cross_len)
+            step = SentenceStep(model, sentences, rows, capacity, cross_len)
     with _lock:
         _lent.add(step)
     return step
