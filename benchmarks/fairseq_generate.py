@@ -3,8 +3,8 @@ fairseq-dir)`, by the time that it says itself ("Translated ... sentences"), in 
 
     python benchmarks/fairseq_generate.py --device cpu --threads 2
 
-The model is the small one of examples/train_tiny_fairseq.py, trained if it is not there yet, and the
-sentences are its kind, of mixed length. check: the same hypotheses and BLEU, scores within 1e-4.
+The model is the small one of examples/train_tiny_fairseq.py, trained if it is not there yet; the
+sentences are of its kind, of mixed length. check: the same hypotheses and BLEU, scores within 1e-4.
 """
 
 import argparse
