@@ -34,8 +34,10 @@ void decode_layers(Address out, Address hidden_states, Address layers, Address d
                    Address cross_lengths, Address cross_rows, const Triple& cross_strides,
                    int64_t max_cross_len, Address cross_weights, int64_t cross_weights_row_stride,
                    int64_t cross_weights_position_stride, float norm_eps, int activation,
-                   Address workspace, int64_t workspace_bytes, int dtype, int device,
-                   Address stream, int num_threads) {
+                   Address head_weight, Address head_norm_weight, Address head_norm_bias,
+                   Address logits, int64_t vocab_size, bool chained, Address workspace,
+                   int64_t workspace_bytes, int dtype, int device, Address stream,
+                   int num_threads) {
   DecodeLayersArgs args =
       decode_layers_args(layers, capacity, max_kv_len, rows, num_layers, num_heads, head_dim,
                          intermediate_size, num_qkv_weights, in_out, dtype);
@@ -57,6 +59,12 @@ void decode_layers(Address out, Address hidden_states, Address layers, Address d
   args.cross_weights_position_stride = cross_weights_position_stride;
   args.norm_eps = norm_eps;
   args.activation = static_cast<Activation>(activation);
+  args.head_weight = ptr(head_weight);
+  args.head_norm_weight = ptr(head_norm_weight);
+  args.head_norm_bias = ptr(head_norm_bias);
+  args.logits = ptr(logits);
+  args.vocab_size = vocab_size;
+  args.chained = chained;
   args.workspace = ptr(workspace);
   args.workspace_bytes = workspace_bytes;
   EET_RUN(decode_layers);
@@ -159,7 +167,8 @@ void bind_decode(py::module_& m) {
         A(num_layers), A(num_heads), A(head_dim), A(intermediate_size), A(num_qkv_weights),
         A(in_out), A(post_norm), A(cross_start), A(cross_lengths), A(cross_rows), A(cross_strides),
         A(max_cross_len), A(cross_weights), A(cross_weights_row_stride),
-        A(cross_weights_position_stride), A(norm_eps), A(activation), A(workspace),
+        A(cross_weights_position_stride), A(norm_eps), A(activation), A(head_weight),
+        A(head_norm_weight), A(head_norm_bias), A(logits), A(vocab_size), A(chained), A(workspace),
         A(workspace_bytes), A(dtype), A(device), A(stream), A(num_threads));
   m.def("step_attention", &step_attention, A(out), A(query), A(query_stride), A(part_stride),
         A(key_cache), A(value_cache), A(cache_strides), A(lengths), A(kv_start), A(cache_rows),

@@ -386,6 +386,10 @@ class SentenceStep:
         hidden_states, logits = self.hidden_states[:rows], self.logits[:rows]
         self._embed(model, hidden_states, self.input_ids[:rows], self.position_ids[:rows])
         if uses_our_products(hidden_states, rows):
+            norm = model.final_norm
+            head = None
+            if model.project_out is None and model.head_bias is None:
+                head = decode.DecodeHead(model.head_weight, norm.weight, norm.bias, logits)
             decode.launch_decode_layers(
                 hidden_states,
                 self._table,
@@ -398,14 +402,17 @@ class SentenceStep:
                 self.slots,
                 self.key_rows,
                 None,
-                self._view(),
+                head,
+                chained=model.project_in is None,
+                cross=self._view(),
             )
-            states, norm = hidden_states, model.final_norm
+            if head is not None:
+                return
+            states = hidden_states
             if model.project_out is not None:
                 weight, bias = model.project_out
                 states, norm = linear(states, (weight,), (bias,), False, norm=norm), NO_NORM
-            head = (model.head_weight,), (model.head_bias,)
-            linear(states, *head, False, norm=norm, out=logits)
+            linear(states, (model.head_weight,), (model.head_bias,), False, norm=norm, out=logits)
             return
         states = self._through_layers(model, hidden_states)
         product_into(logits, before_head(model, states), model.head_weight, model.head_bias)

@@ -128,6 +128,15 @@ def pack_layers(layers: Sequence[DecodeLayer], in_out: bool, post_norm: bool = F
     )
 
 
+class DecodeHead(NamedTuple):
+    """The product with the vocabulary behind the last layer, over its layer norm."""
+
+    weight: Tensor  # (vocab_size, hidden_size)
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    logits: Tensor  # (rows, vocab_size), written
+
+
 def decode_layers_workspace(
     table: LayerTable, like: Tensor, rows: int, max_kv_len: int | None = None
 ) -> Tensor:
@@ -249,7 +258,7 @@ def decode_layers(
         cache_rows,
         key_rows,
         max_kv_len,
-        cross,
+        cross=cross,
     )
     return out
 
@@ -266,9 +275,14 @@ def launch_decode_layers(
     cache_rows: Tensor | None,
     key_rows: Tensor | None,
     max_kv_len: int | None,
+    head: DecodeHead | None = None,
+    chained: bool = False,
     cross: CrossView | None = None,
 ) -> None:
-    """`decode_layers` without its checks."""
+    """`decode_layers` without its checks, and with the `head` behind it where there is one.
+    `chained`: the launch before on the stream is the embedding that makes the hidden states.
+    """
+    weight, norm_weight, norm_bias, logits = head or (None, None, None, None)
     weights = None if cross is None else cross.weights
     extension().decode_layers(
         out.data_ptr(),
@@ -299,6 +313,12 @@ def launch_decode_layers(
         0 if weights is None else weights.stride(1),
         norm_eps,
         ACTIVATION_CODES[activation],
+        address(weight),
+        address(norm_weight),
+        address(norm_bias),
+        address(logits),
+        0 if weight is None else weight.shape[0],
+        chained,
         workspace.data_ptr(),
         workspace.numel(),
         *place(hidden_states),
