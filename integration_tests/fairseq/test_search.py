@@ -503,3 +503,18 @@ def test_disable_gives_the_very_object_back():
     with eet_patch.enabled():
         assert vars(SequenceGenerator)["_generate"] is not before
     assert vars(SequenceGenerator)["_generate"] is before
+
+
+@pytest.mark.parametrize("when", ["never", "enabled", "disabled"])
+def test_torchscript(when):
+    """A generator scripts whether the patch is enabled or not, and the script is the original's."""
+    model, sample = model_of(), sample_of([5, 3], "cpu")
+    del sample["id"]
+    own = run(model, sample)
+    if when != "never":
+        eet_patch.enable()
+    if when == "disabled":
+        eet_patch.disable()
+    out = torch.jit.script(generator_of(model))(sample, None, None)
+    assert eet_patch.report()[SEARCH].replaced == 0
+    assert_same(out, own)
