@@ -77,7 +77,7 @@ def decoder_of(decoder: Any, has_encoder: bool) -> SentenceDecoder | str:
     """The decoder's parameters, or why it can't be decoded by our kernels."""
     base = "fairseq.models.transformer.transformer_decoder"
     known = [_class(base, name) for name in ("TransformerDecoderBase", "TransformerDecoder")]
-    if type(decoder) not in known and type(decoder).__name__ != "TransformerAlignDecoder":
+    if type(decoder) not in known:
         return f"the decoder is a {type(decoder).__name__}"
     for name in _DECODER_METHODS:
         if name in decoder.__dict__:

@@ -203,6 +203,9 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         step = borrow(owner, model, sentences, sentences * beams, capacity, source_len)
         try:
             ended = search(step, model, options, HostSearch(choose, block), batch, seen, prefix)
+        except torch.OutOfMemoryError:
+            step.addresses = ()  # not to be kept beside the original
+            raise
         finally:
             give_back(owner, step)
         return hypotheses(generator, ended, plan.source_lengths, source_len)

@@ -331,9 +331,14 @@ class SentenceStep:
         """One step of the first `rows` rows: the logits, and what is `appended` to them."""
 
         def launch() -> None:
-            self._launch(model, rows)
-            if appended is not None:
-                appended.launch()
+            try:
+                self._launch(model, rows)
+                if appended is not None:
+                    appended.launch()
+            except RuntimeError as error:  # kernels are loaded at their first launch
+                if "cudaErrorMemoryAllocation" in str(error):
+                    raise torch.OutOfMemoryError(str(error)) from error
+                raise
 
         if not self._graphs_work:
             launch()

@@ -495,6 +495,7 @@ def test_out_of_memory_runs_the_original(monkeypatch):
     patching._warned.discard("out of memory")
     with pytest.warns(eet_patch.PatchWarning), eet_patch.enabled():
         assert_same(run(model, sample), own)
+        assert sentence_step.held_bytes() == 0
     assert_fell_back(SEARCH, "out of memory")
 
 
