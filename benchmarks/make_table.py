@@ -16,8 +16,10 @@ from pathlib import Path
 import gpt2_context
 from harness import BASELINE, PATCHED, RESULTS, ROOT, Row, read_rows
 
+FAIRSEQ = "fairseq"  # what its benchmarks compare with
 TITLES = {
     BASELINE: "transformers",
+    FAIRSEQ: "fairseq",
     "transformers-eager": "transformers, eager",
     "transformers-flash": "transformers, sdpa by flash",
     "transformers-cudnn": "transformers, sdpa by cuDNN",
@@ -32,6 +34,8 @@ UNITS = {
     "gpt2_prefill": "ms a call",
     "gpt2_options": "ms a token",
     "gpt2_first_call": "ms",
+    "fairseq_beam": "ms a step",
+    "fairseq_generate": "ms a sentence",
 }
 # Columns of one benchmark alone: what others published for the work of a row.
 QUOTED = {"gpt2_context": ("EET's own ratio, A100, PyTorch of 2021", gpt2_context.published)}
@@ -89,8 +93,9 @@ def table(rows: list[Row]) -> str:
     tokens = "prompt + new tokens" if generates else "tokens (real)"
     header = ["model", "dtype", "batch", tokens]
     header += [f"{TITLES[name]}, {unit}" for name in providers]
-    others = [name for name in providers if name not in (BASELINE, PATCHED)]
-    compared = BASELINE in providers
+    baseline = FAIRSEQ if FAIRSEQ in providers else BASELINE
+    others = [name for name in providers if name not in (baseline, PATCHED)]
+    compared = baseline in providers
     header += ["speed-up"] if compared else []
     header += ["over the best other"] if others else []
     header += [f"floor, {unit}"]
@@ -100,9 +105,9 @@ def table(rows: list[Row]) -> str:
         length = f"{seq_len} + {new_tokens}" if generates else f"{seq_len} ({float(fill):.0%})"
         times = [milliseconds(found[p]["median_ms"]) if p in found else "–" for p in providers]
         speed_up = "–"
-        both = [found[name] for name in (BASELINE, PATCHED) if name in found]
+        both = [found[name] for name in (baseline, PATCHED) if name in found]
         if len(both) == 2 and of_one_run(both):
-            ratio = float(found[BASELINE]["median_ms"]) / float(found[PATCHED]["median_ms"])
+            ratio = float(found[baseline]["median_ms"]) / float(found[PATCHED]["median_ms"])
             speed_up = f"{ratio:.2f}x"
         ratios = [speed_up] if compared else []
         if others:

@@ -158,6 +158,40 @@ void beam_step(Address scores, Address candidate_tokens, Address running_scores,
                     stream, num_threads);
 }
 
+void hypothesis_step(Address scores, Address candidate_tokens, Address running_scores,
+                     Address ignored, Address places, Address slots, Address lengths,
+                     Address input_ids, Address position_ids, Address key_rows, Address tokens,
+                     Address history_scores, Address ended, Address is_done, Address ended_scores,
+                     Address ended_lengths, Address ended_rows, int64_t sentences,
+                     int64_t num_beams, int64_t kept, int64_t capacity, int64_t eos, int device,
+                     Address stream, int num_threads) {
+  HypothesisStepArgs args{};
+  args.scores = at<const float>(scores);
+  args.candidate_tokens = at<const int32_t>(candidate_tokens);
+  args.running_scores = at<float>(running_scores);
+  args.ignored = at<uint8_t>(ignored);
+  args.places = at<const int32_t>(places);
+  args.slots = at<const int32_t>(slots);
+  args.lengths = at<int32_t>(lengths);
+  args.input_ids = at<int64_t>(input_ids);
+  args.position_ids = at<int64_t>(position_ids);
+  args.key_rows = at<int32_t>(key_rows);
+  args.tokens = at<int64_t>(tokens);
+  args.history_scores = at<float>(history_scores);
+  args.ended = at<int32_t>(ended);
+  args.is_done = at<uint8_t>(is_done);
+  args.ended_scores = at<float>(ended_scores);
+  args.ended_lengths = at<int32_t>(ended_lengths);
+  args.ended_rows = at<int32_t>(ended_rows);
+  args.sentences = sentences;
+  args.num_beams = num_beams;
+  args.kept = kept;
+  args.capacity = capacity;
+  args.eos = eos;
+  run<HypothesisStepArgs>("hypothesis_step", &not_on_cpu<HypothesisStepArgs>,
+                          EET_CUDA_ONLY(hypothesis_step), args, device, stream, num_threads);
+}
+
 }  // namespace
 
 void bind_select(py::module_& m) {
@@ -184,6 +218,11 @@ void bind_select(py::module_& m) {
         A(eos_token_ids), A(batch), A(num_beams), A(num_sources), A(per_beam), A(kept), A(capacity),
         A(max_steps), A(seen_words), A(num_eos), A(stop_when_full), A(device), A(stream),
         A(num_threads));
+  m.def("hypothesis_step", &hypothesis_step, A(scores), A(candidate_tokens), A(running_scores),
+        A(ignored), A(places), A(slots), A(lengths), A(input_ids), A(position_ids), A(key_rows),
+        A(tokens), A(history_scores), A(ended), A(is_done), A(ended_scores), A(ended_lengths),
+        A(ended_rows), A(sentences), A(num_beams), A(kept), A(capacity), A(eos), A(device),
+        A(stream), A(num_threads));
 #undef EET_TAIL
 #undef A
 }

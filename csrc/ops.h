@@ -175,8 +175,38 @@ struct FfnArgs {
   int64_t workspace_bytes;
 };
 
-// The parameters and the cache of one pre-norm layer whose attention has as many key as query
-// heads; what the layer lacks is null.
+// Attention of one new token of every row over what a cache holds of it. Row r's keys are positions
+// kv_start[r] (0 where null) up to lengths[r] of its cache row (cache_rows[r], or r where null);
+// with `key_rows` position p stands in cache row key_rows[r * capacity + p] instead. `appends`: key
+// and value of the new token stand part_stride and 2 * part_stride behind its query; they go to
+// position lengths[r] of the row's cache row and are seen. A row without keys yields zeros.
+// `weights`, where not null, gets the mean over the heads of the attention weights: num_weights of
+// them, zeros where there is no key, at row weight_rows[r] (r where null) and position
+// weight_positions[r] (0 where null). It is for rows that do not append and have no key_rows.
+struct StepAttentionArgs {
+  void* out;          // (rows, num_heads * head_dim)
+  const void* query;  // (rows, num_heads * head_dim), rows query_stride apart
+  int64_t query_stride, part_stride;
+  void *key_cache, *value_cache;  // (cache rows, num_heads, capacity, head_dim), by cache_strides
+  HeadStrides cache_strides;
+  const int32_t* lengths;     // (rows,)
+  const int32_t* kv_start;    // (rows,) or null
+  const int32_t* cache_rows;  // (rows,) or null
+  const int32_t* key_rows;    // (rows, capacity) or null
+  int64_t capacity;
+  int64_t max_kv_len;  // no length is above this
+  int64_t rows, num_heads, head_dim;
+  bool appends;
+  float softmax_scale;
+  float* weights;
+  const int32_t *weight_rows, *weight_positions;
+  int64_t weight_row_stride, weight_position_stride, num_weights;
+  DType dtype;
+};
+
+// The parameters and the cache of one layer whose attention has as many key as query heads; what
+// the layer lacks is null. The keys and values of its cross-attention are of sentences, which
+// several rows may share.
 struct DecodeLayer {
   const void *norm1_weight, *norm1_bias;
   const void* qkv_weight[3];  // one (hidden, 3 * hidden) in_out / (3 * hidden, hidden), or three
@@ -185,11 +215,18 @@ struct DecodeLayer {
   const void *norm2_weight, *norm2_bias;
   const void *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
   void *key_cache, *value_cache;  // (cache rows, num_heads, capacity, head_dim), strides of the op
+  const void *cross_norm_weight, *cross_norm_bias, *cross_query_weight, *cross_query_bias;
+  const void *cross_out_weight, *cross_out_bias;
+  void *cross_keys,
+      *cross_values;  // (sentences, num_heads, any, head_dim), cross_strides of the op
   double softmax_scale;
 };
 
 // All layers of one decode step: one new token a row goes through `num_layers` pre-norm layers
 //   x += out(attention(LN1(x)));  x += fc2(activation(fc1(LN2(x))))
+// or, with post_norm, x = LN1(x + out(attention(x))); x = LN2(x + fc2(activation(fc1(x)))). Between
+// the two stands, where the layers have cross_keys, cross-attention with a norm of its own over
+// positions cross_start[r] (0 where null) up to cross_lengths[r] of sentence cross_rows[r].
 // What changes from step to step lies on the device, so that a captured call serves every step.
 // Row r's key and value go to position lengths[r] of its cache row (cache_rows[r], or r where that
 // is null); its query sees the positions kv_start[r] (0 where null) .. lengths[r]. With `key_rows`
@@ -209,7 +246,14 @@ struct DecodeLayersArgs {
   int64_t max_kv_len;  // no length reaches this; <= capacity
   int64_t rows, num_layers, num_heads, head_dim, intermediate_size;
   int num_qkv_weights;  // 1 or 3
-  bool in_out;
+  bool in_out, post_norm;
+  const int32_t *cross_start, *cross_lengths, *cross_rows;  // (rows,); the first may be null
+  HeadStrides cross_strides;  // of every layer's cross_keys and values
+  int64_t max_cross_len;      // no cross length is above this
+  // The mean weights of the last layer's cross-attention, or null: max_cross_len of them for cache
+  // row and position of the new token.
+  float* cross_weights;
+  int64_t cross_weights_row_stride, cross_weights_position_stride;
   float norm_eps;
   Activation activation;
   DType dtype;
@@ -326,6 +370,37 @@ struct BeamStepArgs {
   bool stop_when_full;  // a batch row with num_beams ended sequences takes no more
 };
 constexpr int64_t kMaxBeams = 32;
+
+// One step of fairseq's beam search over hypotheses that stand in rows, num_beams a sentence: of a
+// sentence's continuations the `kept` best, of those what ends, and what the rows go on with. Equal
+// scores keep the order of the continuations; NaN counts as -inf. Row r stands for slot slots[r] of
+// tokens and history_scores, sentence s for place places[s] of what ended; a sentence that is done
+// stays as it is. lengths[r], the same in all rows of a sentence, is the number of the step: the
+// position whose keys stand in the row's own slot. Of a row that goes on from another one, columns
+// below that of key_rows come from there, and column lengths[r] gets the other's slot; the token
+// and its score go to position lengths[r] + 1. Those of the num_beams best that are `eos` end,
+// unless their place is that of an ignored row: they are filed, with the slot of each position,
+// until there are num_beams of them, and then the sentence is done. Rows get the others in their
+// order, behind them those that ended or were ignored, and are ignored in the next step.
+struct HypothesisStepArgs {
+  const float* scores;                // (rows, kept), each row largest first
+  const int32_t* candidate_tokens;    // (rows, kept)
+  float* running_scores;              // (rows,)
+  uint8_t* ignored;                   // (rows,)
+  const int32_t* places;              // (sentences,)
+  const int32_t* slots;               // (rows,)
+  int32_t* lengths;                   // (rows,)
+  int64_t *input_ids, *position_ids;  // (rows,): the new token, and + 1
+  int32_t* key_rows;                  // (rows, capacity)
+  int64_t* tokens;                    // (slots, capacity)
+  float* history_scores;              // (slots, capacity)
+  int32_t* ended;                     // (places,) how many have
+  uint8_t* is_done;                   // (places,)
+  float* ended_scores;                // (places, num_beams)
+  int32_t* ended_lengths;             // (places, num_beams) in tokens
+  int32_t* ended_rows;                // (places, num_beams, capacity)
+  int64_t sentences, num_beams, kept, capacity, eos;
+};
 // Bits of `outlook`: a running beam may still win, one may go on, a place for one that ends is
 // free. Only stop_when_full ever clears the last.
 constexpr int kImprovable = 1, kContinuable = 2, kOpen = 4, kBeamsGoOn = 7;
@@ -339,6 +414,7 @@ constexpr int kImprovable = 1, kContinuable = 2, kOpen = 4, kBeamsGoOn = 7;
   Status attention(const AttentionArgs& args, const Context& context);                           \
   Status attention_block(const AttentionBlockArgs& args, const Context& context);                \
   Status ffn(const FfnArgs& args, const Context& context);                                       \
+  Status step_attention(const StepAttentionArgs& args, const Context& context);                  \
   Status decode_layers(const DecodeLayersArgs& args, const Context& context);                    \
   int64_t attention_workspace_bytes(const AttentionArgs& args);                                  \
   int64_t attention_block_workspace_bytes(const AttentionBlockArgs& args);                       \
@@ -353,10 +429,11 @@ const char* capability();  // "avx512", "avx2" or "portable": what the dispatch 
 
 namespace cuda {
 EET_DECLARE_OPS
-// On the CPU these are torch's (eet_patch/ops/selection.py, beam_selection.py).
+// On the CPU these are torch's (eet_patch/ops/selection.py, beam_selection.py, hypotheses.py).
 Status select_token(const SelectTokenArgs& args, const Context& context);
 Status top_candidates(const TopCandidatesArgs& args, const Context& context);
 Status beam_step(const BeamStepArgs& args, const Context& context);
+Status hypothesis_step(const HypothesisStepArgs& args, const Context& context);
 int64_t select_token_workspace_bytes(const SelectTokenArgs& args);
 int64_t top_candidates_workspace_bytes(const TopCandidatesArgs& args);
 }  // namespace cuda

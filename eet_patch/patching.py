@@ -79,11 +79,13 @@ class Adapter:
             whatever `forward` needs.
         forward: (plan, layer, arguments) -> what the original would return.
         operand: (layer, arguments) -> the tensor whose dtype and device the kernels get.
+        known: the classes of layers that inherit the method and may run our code too.
     """
 
     plan: Callable[[Any, dict[str, Any]], Any]
     forward: Callable[[Any, Any, dict[str, Any]], Any]
     operand: Callable[[Any, dict[str, Any]], Any] = hidden_states_of
+    known: frozenset[type] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -401,6 +403,7 @@ def _make_forward(
 ) -> Callable[..., Any]:
     names = tuple(inspect.signature(original).parameters)[1:]
     plan_call, run_call, operand_of = adapter.plan, adapter.forward, adapter.operand
+    known = adapter.known
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -410,7 +413,8 @@ def _make_forward(
             return original(self, *args, **kwargs)
         arguments = dict(zip(names, args, strict=False), **kwargs)
         operand = operand_of(self, arguments)
-        plan = call_reason(self, cls, operand, arguments) or plan_call(self, arguments)
+        expected = type(self) if type(self) in known else cls
+        plan = call_reason(self, expected, operand, arguments) or plan_call(self, arguments)
         if type(plan) is str:
             _fell_back(patch, plan)
             return original(self, *args, **kwargs)

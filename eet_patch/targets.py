@@ -11,6 +11,7 @@ from eet_patch.adapters import (
     bert,
     fairseq_decoder,
     fairseq_encoder,
+    fairseq_search,
     gpt2,
     gpt2_lm_head,
     gpt_bigcode,
@@ -114,5 +115,13 @@ TARGETS: tuple[PatchTarget, ...] = (
         attribute="TransformerDecoderLayerBase.forward",
         requires=FAIRSEQ,
         adapter=fairseq_decoder.adapter,
+    ),
+    PatchTarget(
+        name="fairseq_search",
+        module="fairseq.sequence_generator",
+        attribute="SequenceGenerator._generate",
+        requires=FAIRSEQ,
+        adapter=fairseq_search.adapter,
+        level="loop",
     ),
 )

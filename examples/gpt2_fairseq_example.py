@@ -78,9 +78,9 @@ def main() -> int:
         for mine, theirs, equal in zip(out, own, same, strict=True)
         if equal
     ]
-    row = eet_patch.report()["fairseq_decoder_layer"]
+    row = eet_patch.report()["fairseq_search"]
     print(f"\n{sum(same)} of {len(same)} the same, scores differ by {max(differences):.1e} at most")
-    print(f"{row.replaced} layer calls replaced, fell back: {row.fallbacks or 'never'}")
+    print(f"{row.replaced} searches replaced, fell back: {row.fallbacks or 'never'}")
     within = max(differences) <= MAX_SCORE_DIFFERENCE[args.dtype] and row.replaced > 0
     return 0 if within and (all(same) or args.dtype != "float32") else 1
 

@@ -276,8 +276,9 @@ void run_ffn(DType dtype, int64_t rows, int64_t size, bool in_out, NormPlacement
 
 // Rows of different length and padding; `scattered` reads the past of beams from other cache rows.
 void run_decode_layers(DType dtype, int rows, int64_t heads, int64_t head_dim, bool in_out,
-                       bool scattered) {
+                       bool scattered, bool post_norm = false, int64_t cross_len = 0) {
   constexpr int64_t kCapacity = 200, kLayers = 2;
+  const int sentences = (rows + 1) / 2;
   const int64_t size = heads * head_dim, inner = 4 * size;
   Operands memory(dtype);
   DecodeLayersArgs args = {};
@@ -298,6 +299,15 @@ void run_decode_layers(DType dtype, int rows, int64_t heads, int64_t head_dim, b
     layer.key_cache = vector((rows + 1) * size * kCapacity);
     layer.value_cache = vector((rows + 1) * size * kCapacity);
     layer.softmax_scale = kSoftmaxScale;
+    if (cross_len == 0) continue;
+    layer.cross_norm_weight = vector(size);
+    layer.cross_norm_bias = vector(size);
+    layer.cross_query_weight = vector(size * size);
+    layer.cross_query_bias = vector(size);
+    layer.cross_out_weight = vector(size * size);
+    layer.cross_out_bias = vector(size);
+    layer.cross_keys = vector(sentences * cross_len * size);
+    layer.cross_values = vector(sentences * cross_len * size);
   }
   std::vector<int32_t> lengths(rows), starts(rows), slots(rows);
   for (int row = 0; row < rows; ++row) {
@@ -322,6 +332,24 @@ void run_decode_layers(DType dtype, int rows, int64_t heads, int64_t head_dim, b
   args.intermediate_size = inner;
   args.num_qkv_weights = 1;
   args.in_out = in_out;
+  args.post_norm = post_norm;
+  if (cross_len > 0) {
+    std::vector<int32_t> begins(rows), ends(rows), from(rows);
+    for (int row = 0; row < rows; ++row) {
+      from[row] = row / 2;
+      ends[row] = static_cast<int32_t>(cross_len - row / 2 % cross_len);
+      begins[row] = row % 3 == 2 ? ends[row] : ends[row] / 4;  // some see nothing
+    }
+    args.cross_start = memory.values(begins);
+    args.cross_lengths = memory.values(ends);
+    args.cross_rows = memory.values(from);
+    args.cross_strides = {cross_len * size, head_dim, size};
+    args.max_cross_len = cross_len;
+    args.cross_weights_position_stride = cross_len;
+    args.cross_weights_row_stride = kCapacity * cross_len;
+    args.cross_weights =
+        memory.values(std::vector<float>((rows + 1) * kCapacity * cross_len, 0.0f));
+  }
   args.norm_eps = kEps;
   args.activation = Activation::kGeluTanh;
   args.dtype = dtype;
@@ -439,8 +467,54 @@ void run_beam_step(int64_t batch, int64_t num_beams, int64_t kept, bool stop_whe
   }
 }
 
+// A search until its sentences are done, and a step more.
+void run_hypothesis_step(int64_t sentences, int64_t num_beams) {
+  constexpr int64_t kCapacity = 12;
+  const int64_t rows = sentences * num_beams, kept = 2 * num_beams;
+  Operands memory(DType::kFloat32);
+  const auto filled = [&](auto value, int64_t count) {
+    return memory.values(std::vector<decltype(value)>(count, value));
+  };
+  std::vector<float> scores(rows * kept);
+  std::vector<int32_t> tokens(rows * kept), slots(rows), places(sentences);
+  for (int64_t i = 0; i < rows * kept; ++i) {
+    scores[i] = -0.25f * (i % kept) - 0.01f * (i / kept);
+    tokens[i] = static_cast<int32_t>(i * 7 % 5);
+  }
+  for (int64_t row = 0; row < rows; ++row) slots[row] = static_cast<int32_t>(rows - 1 - row);
+  for (int64_t s = 0; s < sentences; ++s) places[s] = static_cast<int32_t>(sentences - 1 - s);
+  HypothesisStepArgs args = {};
+  args.scores = memory.values(scores);
+  args.candidate_tokens = memory.values(tokens);
+  args.running_scores = filled(0.0f, rows);
+  args.ignored = filled(uint8_t{0}, rows);
+  args.places = memory.values(places);
+  args.slots = memory.values(slots);
+  args.lengths = filled(int32_t{0}, rows);
+  args.input_ids = filled(int64_t{0}, rows);
+  args.position_ids = filled(int64_t{0}, rows);
+  args.key_rows = filled(int32_t{0}, rows * kCapacity);
+  args.tokens = filled(int64_t{0}, rows * kCapacity);
+  args.history_scores = filled(0.0f, rows * kCapacity);
+  args.ended = filled(int32_t{0}, sentences);
+  args.is_done = filled(uint8_t{0}, sentences);
+  args.ended_scores = filled(0.0f, rows);
+  args.ended_lengths = filled(int32_t{0}, rows);
+  args.ended_rows = filled(int32_t{0}, rows * kCapacity);
+  args.sentences = sentences;
+  args.num_beams = num_beams;
+  args.kept = kept;
+  args.capacity = kCapacity;
+  args.eos = 2;
+  for (int64_t step = 0; step + 1 < kCapacity; ++step)
+    call("hypothesis_step", cuda::hypothesis_step, args);
+}
+
 void run_all_generation(DType dtype, bool small) {
   if (dtype == DType::kFloat32) {
+    run_hypothesis_step(1, 1);
+    run_hypothesis_step(3, 4);
+    run_hypothesis_step(2, 32);
     for (bool stop_when_full : {false, true}) {
       run_beam_step(1, 1, 2, stop_when_full);
       run_beam_step(4, 4, 8, stop_when_full);
@@ -455,6 +529,8 @@ void run_all_generation(DType dtype, bool small) {
         run_decode_layers(dtype, rows, 2, 64, in_out, scattered);
         run_decode_layers(dtype, rows, 2, 20, in_out, scattered);
         if (!small) run_decode_layers(dtype, rows, 4, 80, in_out, scattered);
+        run_decode_layers(dtype, rows, 2, 64, in_out, scattered, true, 9);
+        run_decode_layers(dtype, rows, 2, 20, in_out, scattered, false, 130);
       }
   for (int rows : {1, 5})
     for (int64_t vocab_size : {31, 5000, 50257}) {

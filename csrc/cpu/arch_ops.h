@@ -22,6 +22,7 @@ namespace cpu {
   Status attention(const AttentionArgs& args, const Context& context);                           \
   Status attention_block(const AttentionBlockArgs& args, const Context& context);                \
   Status ffn(const FfnArgs& args, const Context& context);                                       \
+  Status step_attention(const StepAttentionArgs& args, const Context& context);                  \
   Status decode_layers(const DecodeLayersArgs& args, const Context& context);                    \
   int64_t attention_block_workspace_bytes(const AttentionBlockArgs& args);                       \
   int64_t ffn_workspace_bytes(const FfnArgs& args);                                              \

@@ -19,6 +19,7 @@ struct OpTable {
   Status (*attention)(const AttentionArgs&, const Context&);
   Status (*attention_block)(const AttentionBlockArgs&, const Context&);
   Status (*ffn)(const FfnArgs&, const Context&);
+  Status (*step_attention)(const StepAttentionArgs&, const Context&);
   Status (*decode_layers)(const DecodeLayersArgs&, const Context&);
   int64_t (*attention_block_workspace_bytes)(const AttentionBlockArgs&);
   int64_t (*ffn_workspace_bytes)(const FfnArgs&);
@@ -28,8 +29,8 @@ struct OpTable {
 #define EET_OP_TABLE(arch)                                                                         \
   OpTable {                                                                                        \
     #arch, arch::embedding, arch::layernorm, arch::bias_residual_layernorm, arch::bias_activation, \
-        arch::linear, arch::attention, arch::attention_block, arch::ffn, arch::decode_layers,      \
-        arch::attention_block_workspace_bytes, arch::ffn_workspace_bytes,                          \
+        arch::linear, arch::attention, arch::attention_block, arch::ffn, arch::step_attention,     \
+        arch::decode_layers, arch::attention_block_workspace_bytes, arch::ffn_workspace_bytes,     \
         arch::decode_layers_workspace_bytes                                                        \
   }
 
@@ -101,6 +102,9 @@ Status attention_block(const AttentionBlockArgs& args, const Context& context) {
   return table().attention_block(args, context);
 }
 Status ffn(const FfnArgs& args, const Context& context) { return table().ffn(args, context); }
+Status step_attention(const StepAttentionArgs& args, const Context& context) {
+  return table().step_attention(args, context);
+}
 Status decode_layers(const DecodeLayersArgs& args, const Context& context) {
   return table().decode_layers(args, context);
 }

@@ -20,7 +20,10 @@ constexpr int kStepWarps = kStepThreads / kWarpSize;
 template <typename T>
 struct StepAttentionParams {
   T* out;        // (rows, hidden_size)
-  const T* qkv;  // (rows, 3 * hidden_size)
+  const T* qkv;  // (rows, 3 * hidden_size); where the past alone is seen, queries
+  int64_t query_stride, part_stride;  // of rows; from query to key, and to value
+  bool past_only;                     // no row has a new key
+  bool starts_alone;                  // for the launcher: what is ahead is not of the same call
   T *key_cache, *value_cache;
   const int32_t *lengths, *kv_start, *cache_rows, *key_rows;
   HeadStrides strides;
@@ -32,7 +35,7 @@ struct StepAttentionParams {
 
 // One split of the keys (blockIdx.x, also the rank in the cluster) of one head (y) of one row (z).
 // The past is divided evenly over the splits at whatever length the row has; the last one in use
-// adds the new token.
+// adds the new token, if there is one.
 template <typename T>
 struct StepSplit {
   int index, count, head, row;
@@ -98,7 +101,8 @@ __device__ __forceinline__ void finish_step_attention(
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += weights[w] * warp_out[w][column];
     if (split.used == 1) {
-      target[column] = from_float<T>(sum / total);
+      // A row of which nothing is seen yields zeros.
+      target[column] = from_float<T>(total == 0.0f ? 0.0f : sum / total);
     } else {
       push(address_in_rank(shared_address(&split_out[split.index][column]), 0), sum, barrier);
     }
@@ -217,9 +221,9 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   if (split.index >= split.used) return;
   wait_for_predecessor();
 
-  const int64_t hidden_size = int64_t(p.num_heads) * p.head_dim;
-  const T* query = p.qkv + split.row * 3 * hidden_size + split.head * p.head_dim;
-  const bool has_new = split.index == split.used - 1;
+  const int64_t part_stride = p.part_stride;
+  const T* query = p.qkv + split.row * p.query_stride + split.head * p.head_dim;
+  const bool has_new = !p.past_only && split.index == split.used - 1;
   float q[kPieces][kVector], out[kPieces][kVector] = {};
   float maximum = -INFINITY, total = 0.0f;
   {
@@ -229,8 +233,8 @@ __global__ void __launch_bounds__(kStepThreads, 4)
       const int column = (piece * kLanes + lane) * kVector, count = p.head_dim - column;
       loaded[piece][0] = load_piece(query + column, count, p.vectors);
       if (!has_new) continue;
-      loaded[piece][1] = load_piece(query + hidden_size + column, count, p.vectors);
-      loaded[piece][2] = load_piece(query + 2 * hidden_size + column, count, p.vectors);
+      loaded[piece][1] = load_piece(query + part_stride + column, count, p.vectors);
+      loaded[piece][2] = load_piece(query + 2 * part_stride + column, count, p.vectors);
     }
     float score = 0.0f;
 #pragma unroll
@@ -259,8 +263,8 @@ __global__ void __launch_bounds__(kStepThreads, 4)
             *reinterpret_cast<uint4*>(p.value_cache + target + column) = loaded[piece][2];
           } else {
             for (int i = 0; i < min(count, kVector); ++i) {
-              p.key_cache[target + column + i] = query[hidden_size + column + i];
-              p.value_cache[target + column + i] = query[2 * hidden_size + column + i];
+              p.key_cache[target + column + i] = query[part_stride + column + i];
+              p.value_cache[target + column + i] = query[2 * part_stride + column + i];
             }
           }
         }

@@ -64,9 +64,9 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   }
   release_dependents();
   if (split.index >= split.used) return;
-  const int64_t hidden_size = int64_t(p.num_heads) * p.head_dim;
-  const T* query = p.qkv + split.row * 3 * hidden_size + split.head * p.head_dim;
-  const bool has_new = split.index == split.used - 1;
+  const int64_t part_stride = p.part_stride;
+  const T* query = p.qkv + split.row * p.query_stride + split.head * p.head_dim;
+  const bool has_new = !p.past_only && split.index == split.used - 1;
   wait_for_predecessor();
 
   // Column 0 of the second operand is the query, the others are zeros.
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kStepThreads, 4)
       const int column = unit % units * 8;
       T* cache = unit < units ? p.key_cache : p.value_cache;
       *reinterpret_cast<uint4*>(cache + target + column) = __ldcg(
-          reinterpret_cast<const uint4*>(query + (unit < units ? 1 : 2) * hidden_size + column));
+          reinterpret_cast<const uint4*>(query + (unit < units ? 1 : 2) * part_stride + column));
     }
   }
 
@@ -154,14 +154,14 @@ __global__ void __launch_bounds__(kStepThreads, 4)
     for (int column = 2 * lane; column < p.head_dim; column += 2 * kWarpSize) {
       const float2 a = unpack2<T>(__ldcg(reinterpret_cast<const uint32_t*>(query + column)));
       const float2 b =
-          unpack2<T>(__ldcg(reinterpret_cast<const uint32_t*>(query + hidden_size + column)));
+          unpack2<T>(__ldcg(reinterpret_cast<const uint32_t*>(query + part_stride + column)));
       score = fmaf(a.x, b.x, fmaf(a.y, b.y, score));
     }
     score = warp_sum(score) * p.scale;
     if (!(score <= maximum)) rescale(score);
     const float probability = exp2_fast(score - maximum);
     total += probability;
-    const T* value = query + 2 * hidden_size;
+    const T* value = query + 2 * part_stride;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int column = step * 16 + g;

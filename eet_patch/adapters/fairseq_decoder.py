@@ -80,7 +80,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
             if arguments.get(name) is not None:
                 return f"{name} is given, which the kernels don't know"
         if not still_sound(layer, x):
-            reason = _layer_reason(layer, classes, x)
+            reason = layer_reason(layer, classes, x)
             if reason is not None:
                 return reason
             note_sound(layer, x)
@@ -140,7 +140,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
     return Adapter(plan, forward, operand)
 
 
-def _layer_reason(layer: Any, classes: Classes, like: Tensor) -> str | None:
+def layer_reason(layer: Any, classes: Classes, like: Tensor) -> str | None:
     """Why the modules and parameters of a decoder layer can't be read in place, or None."""
     for name in ("attn_ln", "c_attn", "ffn_layernorm", "w_resid"):
         if getattr(layer, name) is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eet_patch.ops._extension import ACTIVATION_CODES, extension, place
 from eet_patch.ops.checks import (
+    check_buffer,
     check_contiguous,
     check_operand,
     check_same_dtype_and_device,
@@ -18,11 +19,37 @@ from eet_patch.ops.checks import (
 )
 from eet_patch.ops.launch import MAX_SKINNY_ROWS, address, three_addresses
 
-_LAYER = struct.Struct("18qd")  # struct DecodeLayer of csrc/ops.h
+_LAYER = struct.Struct("26qd")  # struct DecodeLayer of csrc/ops.h
+
+
+class CrossLayer(NamedTuple):
+    """Cross-attention of one layer; shapes as `decode_layers` says."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor | None
+    query_weight: Tensor
+    query_bias: Tensor | None
+    out_weight: Tensor
+    out_bias: Tensor | None
+    keys: Tensor
+    values: Tensor
+
+
+class CrossView(NamedTuple):
+    """What each row sees of the cross keys and values, (rows,) int32 each: the sentence, the first
+    position of it (None: 0) and the one behind the last.
+    """
+
+    rows: Tensor
+    start: Tensor | None
+    lengths: Tensor
+    # (cache rows, capacity, cross length) float32, or None: gets the mean over the heads of the
+    # last layer's weights, for the cache row and position of each row's new token.
+    weights: Tensor | None = None
 
 
 class DecodeLayer(NamedTuple):
-    """Parameters and cache of one pre-norm layer; shapes as `decode_layers` says."""
+    """Parameters and cache of one layer; shapes as `decode_layers` says."""
 
     norm1_weight: Tensor
     norm1_bias: Tensor | None
@@ -39,6 +66,7 @@ class DecodeLayer(NamedTuple):
     key_cache: Tensor
     value_cache: Tensor
     softmax_scale: float
+    cross: CrossLayer | None = None
 
 
 class LayerTable(NamedTuple):
@@ -53,9 +81,12 @@ class LayerTable(NamedTuple):
     num_heads: int
     head_dim: int
     capacity: int
+    post_norm: bool = False
+    cross_strides: tuple[int, int, int] = (0, 0, 0)
+    cross_len: int = 0  # 0: the layers have no cross-attention
 
 
-def pack_layers(layers: Sequence[DecodeLayer], in_out: bool) -> LayerTable:
+def pack_layers(layers: Sequence[DecodeLayer], in_out: bool, post_norm: bool = False) -> LayerTable:
     """The table that `decode_layers` takes; it holds addresses, and keeps no tensor alive."""
     packed = bytearray()
     for layer in layers:
@@ -74,10 +105,12 @@ def pack_layers(layers: Sequence[DecodeLayer], in_out: bool) -> LayerTable:
             address(layer.fc2_bias),
             address(layer.key_cache),
             address(layer.value_cache),
+            *((0,) * 8 if layer.cross is None else map(address, layer.cross)),
             layer.softmax_scale,
         )
     host = torch.frombuffer(packed, dtype=torch.uint8)
     first = layers[0]
+    cross = None if first.cross is None else first.cross.keys
     _, num_heads, capacity, head_dim = first.key_cache.shape
     return LayerTable(
         host,
@@ -89,6 +122,9 @@ def pack_layers(layers: Sequence[DecodeLayer], in_out: bool) -> LayerTable:
         num_heads,
         head_dim,
         capacity,
+        post_norm,
+        (0, 0, 0) if cross is None else (cross.stride(0), cross.stride(1), cross.stride(2)),
+        0 if cross is None else cross.shape[2],
     )
 
 
@@ -138,11 +174,14 @@ def decode_layers(
     cache_rows: Tensor | None = None,
     key_rows: Tensor | None = None,
     max_kv_len: int | None = None,
+    cross: CrossView | None = None,
 ) -> Tensor:
-    """Take one new token of every row through all layers of a pre-norm decoder.
+    """Take one new token of every row through all layers of a decoder.
 
-    `x += out(attention(LN1(x))); x += fc2(activation(fc1(LN2(x))))` for every layer; the new key
-    and value are written to the cache. What changes from step to step is read on the device.
+    `x += out(attention(LN1(x))); x += fc2(activation(fc1(LN2(x))))` for every layer, or post-norm
+    `x = LN1(x + out(attention(x))); x = LN2(x + fc2(activation(fc1(x))))`; with cross-attention
+    and a norm of its own between the two where the layers have it. The new key and value are
+    written to the cache. What changes from step to step is read on the device.
 
     Args:
         hidden_states: (rows, hidden_size), contiguous; rows <= 64 on CUDA.
@@ -158,11 +197,15 @@ def decode_layers(
         key_rows: (rows, capacity) int32, the cache row that holds each position of each row (beams
             that share their past), or None: its own.
         max_kv_len: no length reaches this; None: the capacity.
+        cross: what the rows see of the layers' cross keys and values (sentences, num_heads,
+            cross length, head_dim), which all layers keep by the same strides; required if there
+            are any.
     Returns:
         `out`.
     Raises:
         ValueError, TypeError: on a shape, dtype, device or layout other than these.
-    Source: Radford et al. 2019 (GPT-2). Replaces the blocks of `GPT2Model` for one new token.
+    Source: Radford et al. 2019 (GPT-2); Vaswani et al. 2017, arXiv:1706.03762. Replaces the blocks
+        of `GPT2Model` and the layers of fairseq's `TransformerDecoder` for one new token.
     """
     check_operand(hidden_states, "hidden_states")
     check_shape(
@@ -180,6 +223,9 @@ def decode_layers(
         (kv_start, (rows,), "kv_start"),
         (cache_rows, (rows,), "cache_rows"),
         (key_rows, (rows, table.capacity), "key_rows"),
+        (None if cross is None else cross.rows, (rows,), "cross.rows"),
+        (None if cross is None else cross.start, (rows,), "cross.start"),
+        (None if cross is None else cross.lengths, (rows,), "cross.lengths"),
     ):
         if tensor is None:
             continue
@@ -190,6 +236,16 @@ def decode_layers(
             )
         check_shape(tensor, shape, name)
         check_contiguous(tensor, name)
+    if (cross is not None) != (table.cross_len > 0):
+        raise ValueError("cross must be given if, and only if, the layers have cross-attention")
+    if cross is not None and cross.weights is not None:
+        check_buffer(cross.weights, (torch.float32,), hidden_states, "cross.weights")
+        check_shape(
+            cross.weights,
+            (cross.weights.shape[0], cross.weights.shape[1], table.cross_len),
+            "cross.weights",
+        )
+        check_contiguous(cross.weights, "cross.weights")
     launch_decode_layers(
         hidden_states,
         table,
@@ -202,6 +258,7 @@ def decode_layers(
         cache_rows,
         key_rows,
         max_kv_len,
+        cross=cross,
     )
     return out
 
@@ -220,11 +277,13 @@ def launch_decode_layers(
     max_kv_len: int | None,
     head: DecodeHead | None = None,
     chained: bool = False,
+    cross: CrossView | None = None,
 ) -> None:
     """`decode_layers` without its checks, and with the `head` behind it where there is one.
     `chained`: the launch before on the stream is the embedding that makes the hidden states.
     """
     weight, norm_weight, norm_bias, logits = head or (None, None, None, None)
+    weights = None if cross is None else cross.weights
     extension().decode_layers(
         out.data_ptr(),
         hidden_states.data_ptr(),
@@ -243,6 +302,15 @@ def launch_decode_layers(
         table.intermediate_size,
         table.num_qkv_weights,
         table.in_out,
+        table.post_norm,
+        0 if cross is None else address(cross.start),
+        0 if cross is None else cross.lengths.data_ptr(),
+        0 if cross is None else cross.rows.data_ptr(),
+        table.cross_strides,
+        table.cross_len,
+        address(weights),
+        0 if weights is None else weights.stride(0),
+        0 if weights is None else weights.stride(1),
         norm_eps,
         ACTIVATION_CODES[activation],
         address(weight),
@@ -254,6 +322,66 @@ def launch_decode_layers(
         workspace.data_ptr(),
         workspace.numel(),
         *place(hidden_states),
+    )
+
+
+def launch_step_attention(
+    out: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    num_heads: int,
+    softmax_scale: float,
+    lengths: Tensor,
+    *,
+    appends: bool,
+    part_stride: int = 0,
+    kv_start: Tensor | None = None,
+    cache_rows: Tensor | None = None,
+    key_rows: Tensor | None = None,
+    weights: Tensor | None = None,
+    weight_rows: Tensor | None = None,
+    weight_positions: Tensor | None = None,
+) -> None:
+    """The attention of a decode step by itself, for rows that are too many for `decode_layers`;
+    nothing is checked.
+
+    Args:
+        out: (rows, num_heads * head_dim), contiguous.
+        query: (rows, num_heads * head_dim), each row contiguous. If it `appends`, key and value of
+            the new token lie `part_stride` and twice as many elements behind the query: they are
+            written to the cache, and seen.
+        keys, values: (cache rows, num_heads, capacity, head_dim), of the same strides.
+        lengths, kv_start, cache_rows, key_rows: as of `decode_layers`. Not appending, a row sees
+            the positions below its length.
+        weights: as of `CrossView`, at cache row `weight_rows` and position `weight_positions`.
+    """
+    extension().step_attention(
+        out.data_ptr(),
+        query.data_ptr(),
+        query.stride(0),
+        part_stride,
+        keys.data_ptr(),
+        values.data_ptr(),
+        keys.stride()[:3],
+        lengths.data_ptr(),
+        address(kv_start),
+        address(cache_rows),
+        address(key_rows),
+        keys.shape[2],
+        keys.shape[2],
+        out.shape[0],
+        num_heads,
+        keys.shape[3],
+        appends,
+        softmax_scale,
+        address(weights),
+        address(weight_rows),
+        address(weight_positions),
+        0 if weights is None else weights.stride(0),
+        0 if weights is None else weights.stride(1),
+        0 if weights is None else weights.shape[2],
+        *place(out),
     )
 
 

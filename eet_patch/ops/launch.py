@@ -91,6 +91,7 @@ def linear(
     activation: str | None = None,
     residual: Tensor | None = None,
     norm: Norm = NO_NORM,
+    out: Tensor | None = None,
 ) -> Tensor:
     """(rows, in_features), contiguous, to (rows, len(weights) * out_features) by the extension's
     own products.
@@ -98,7 +99,7 @@ def linear(
     rows, in_features = hidden_states.shape
     out_features = weights[0].shape[1 if in_out else 0]
     width = len(weights) * out_features
-    out = hidden_states.new_empty(rows, width)
+    out = hidden_states.new_empty(rows, width) if out is None else out
     extension().linear(
         out.data_ptr(),
         hidden_states.data_ptr(),

@@ -327,18 +327,35 @@ def decode_layers(
     kv_start: Tensor | None = None,
     cache_rows: Tensor | None = None,
     key_rows: Tensor | None = None,
+    post_norm: bool = False,
+    cross_caches: list[tuple[Tensor, Tensor]] | None = None,
+    cross_rows: Tensor | None = None,
+    cross_start: Tensor | None = None,
+    cross_lengths: Tensor | None = None,
+    cross_weights: Tensor | None = None,
 ) -> Tensor:
-    """The layers one after the other, each row attended by itself; caches are written in place."""
+    """The layers one after the other, each row attended by itself; caches and cross_weights are
+    written in place.
+    """
     rows, hidden_size = hidden_states.shape
     head_dim = hidden_size // num_heads
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight.t() if weight_layout == "in_out" else weight, bias)
 
+    def before(x: Tensor, layer: dict[str, Tensor], norm: str) -> Tensor:
+        if post_norm:
+            return x
+        return layernorm(x, layer[f"{norm}_weight"], layer[f"{norm}_bias"], norm_eps)
+
+    def after(x: Tensor, layer: dict[str, Tensor], norm: str) -> Tensor:
+        if not post_norm:
+            return x
+        return layernorm(x, layer[f"{norm}_weight"], layer[f"{norm}_bias"], norm_eps)
+
     x = hidden_states
-    for layer, (key_cache, value_cache) in zip(layers, caches, strict=True):
-        normed = layernorm(x, layer["norm1_weight"], layer["norm1_bias"], norm_eps)
-        qkv = product(normed, layer["qkv_weight"], layer["qkv_bias"])
+    for index, (layer, (key_cache, value_cache)) in enumerate(zip(layers, caches, strict=True)):
+        qkv = product(before(x, layer, "norm1"), layer["qkv_weight"], layer["qkv_bias"])
         query, key, value = qkv.view(rows, 3, num_heads, head_dim).unbind(1)
         context = torch.empty_like(x)
         for row in range(rows):
@@ -355,8 +372,26 @@ def decode_layers(
             values = value_cache[sources, :, at][start:].transpose(0, 1)
             scores = (query[row][:, None] @ keys.transpose(1, 2)) * softmax_scale
             context[row] = (scores.softmax(-1) @ values).reshape(hidden_size)
-        x = x + product(context, layer["out_weight"], layer["out_bias"])
-        normed = layernorm(x, layer["norm2_weight"], layer["norm2_bias"], norm_eps)
-        inner = activate(product(normed, layer["fc1_weight"], layer["fc1_bias"]), activation)
-        x = x + product(inner, layer["fc2_weight"], layer["fc2_bias"])
+        x = after(x + product(context, layer["out_weight"], layer["out_bias"]), layer, "norm1")
+        if cross_caches is not None:
+            assert cross_rows is not None and cross_lengths is not None
+            normed = before(x, layer, "cross_norm")
+            query = product(normed, layer["cross_query_weight"], layer["cross_query_bias"])
+            query = query.view(rows, num_heads, 1, head_dim)
+            context = torch.empty_like(x)
+            for row in range(rows):
+                start = 0 if cross_start is None else int(cross_start[row])
+                seen = slice(start, int(cross_lengths[row]))
+                keys, values = (t[int(cross_rows[row]), :, seen] for t in cross_caches[index])
+                scores = (query[row] @ keys.transpose(1, 2)) * softmax_scale
+                context[row] = (scores.softmax(-1) @ values).reshape(hidden_size)
+                if cross_weights is not None and index == len(layers) - 1:
+                    own = row if cache_rows is None else int(cache_rows[row])
+                    target = cross_weights[own, int(lengths[row])].zero_()
+                    target[seen] = scores.softmax(-1).mean(0)[0].to(target.dtype)
+            out = product(context, layer["cross_out_weight"], layer["cross_out_bias"])
+            x = after(x + out, layer, "cross_norm")
+        inner = product(before(x, layer, "norm2"), layer["fc1_weight"], layer["fc1_bias"])
+        inner = activate(inner, activation)
+        x = after(x + product(inner, layer["fc2_weight"], layer["fc2_bias"]), layer, "norm2")
     return x

@@ -28,6 +28,7 @@ from train_tiny_fairseq import command
 import eet_patch
 
 ENCODER, DECODER = "fairseq_encoder_layer", "fairseq_decoder_layer"
+SEARCH = "fairseq_search"
 MAX_SCORE_DIFFERENCE = 1e-4
 PAD, EOS, VOCAB = 1, 2, 60
 
@@ -117,10 +118,12 @@ def in_this_process(name, config):
     return printed.getvalue(), returned
 
 
-def generate_both(trained, name, *arguments, subset="test1", **enabled):
+def generate_both(trained, name, *arguments, subset="test1", level="loop", **enabled):
     """fairseq-generate over the fixture's small test set, unpatched and patched; asserts that
-    every call of a layer was replaced unless `strict=False` is given.
+    every search was replaced, at `level` "layer" every call of a layer, and with None nothing.
     """
+    if level == "layer":
+        enabled = {"exclude": SEARCH, **enabled}
     config = configured(
         "fairseq-generate",
         trained / "corpus" / "data",
@@ -135,9 +138,9 @@ def generate_both(trained, name, *arguments, subset="test1", **enabled):
     own = parse(in_this_process("fairseq-generate", config)[0])
     with eet_patch.enabled(**{"strict": True, **enabled}):
         out = parse(in_this_process("fairseq-generate", config)[0])
-        if enabled.get("strict", True):
+        if level is not None:
             assert_replaced(ENCODER)
-            assert_replaced(DECODER)
+            assert_replaced(SEARCH if level == "loop" else DECODER)
     return own, out
 
 

@@ -3,7 +3,7 @@ under every option that changes how they are searched.
 """
 
 import pytest
-from fairseq_helpers import DECODER, ENCODER, assert_same, generate_both
+from fairseq_helpers import DECODER, ENCODER, SEARCH, assert_same, generate_both
 from helpers import assert_fell_back
 
 import eet_patch
@@ -31,19 +31,26 @@ OPTIONS = {
 }
 
 
+LEVELS = ["loop", "layer"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_options(trained, options):
-    own, out = generate_both(trained, "pre_norm", *options)
+def test_options(trained, options, level):
+    if "--score-reference" in options:  # there is no search then
+        level = "layer"
+    own, out = generate_both(trained, "pre_norm", *options, level=level)
     assert_same(out, own)
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("options", ["beam1", "beam5_nbest", "prefix5", "sampling_topk"])
 @pytest.mark.parametrize("name", ["post_norm", "bart"])
-def test_models(trained, name, options):
+def test_models(trained, name, options, level):
     """Post-norm with GELU, learned positions and an encoder that is wider than the decoder; BART,
     whose cross-attention keeps one row a sentence for all of its beams.
     """
-    own, out = generate_both(trained, name, *OPTIONS[options], "--max-len-b", "40")
+    own, out = generate_both(trained, name, *OPTIONS[options], "--max-len-b", "40", level=level)
     assert_same(out, own)
 
 
@@ -59,18 +66,19 @@ def test_the_fixture_is_worth_its_name(trained):
     assert bleu > 50
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("split", [["--max-tokens", "150"], ["--batch-size", "1"]], ids=str)
-def test_batches(trained, split):
+def test_batches(trained, split, level):
     """Rows that end early leave the batch; a batch of one has no padding."""
-    own, out = generate_both(trained, "pre_norm", "--beam", "3", *split)
+    own, out = generate_both(trained, "pre_norm", "--beam", "3", *split, level=level)
     assert_same(out, own)
 
 
 def test_retained_dropout_runs_the_original(trained):
     arguments = ["--beam", "2", "--retain-dropout", "--seed", "3"]
     arguments += ["--model-overrides", "{'dropout': 0.2}"]
-    own, out = generate_both(trained, "pre_norm", *arguments, strict=False)
-    for name in (ENCODER, DECODER):
+    own, out = generate_both(trained, "pre_norm", *arguments, strict=False, level=None)
+    for name in (ENCODER, DECODER, SEARCH):
         assert_fell_back(
             name,
             "dropout is active (training mode, or --retain-dropout); call model.eval() for "
@@ -80,15 +88,18 @@ def test_retained_dropout_runs_the_original(trained):
 
 
 def test_an_ensemble(trained):
-    """Each model of an ensemble keeps its own caches."""
+    """The host searches, and its models run layer by layer, each with its own caches."""
     path = f"{trained}/pre_norm/model.pt:{trained}/post_norm/model.pt"
-    own, out = generate_both(trained, "pre_norm", "--path", path, "--beam", "4")
+    own, out = generate_both(trained, "pre_norm", "--path", path, "--beam", "4", level=None)
     assert_same(out, own)
+    assert eet_patch.report()[DECODER].replaced > 0
+    assert_fell_back(SEARCH, "an ensemble of 2 models is searched")
 
 
-def test_half_precision(trained):
+@pytest.mark.parametrize("level", LEVELS)
+def test_half_precision(trained, level):
     """--fp16: rounding may decide between hypotheses that score nearly the same, not more."""
-    own, out = generate_both(trained, "pre_norm", "--beam", "4", "--fp16")
+    own, out = generate_both(trained, "pre_norm", "--beam", "4", "--fp16", level=level)
     assert out.hypotheses.keys() == own.hypotheses.keys()
     same = [key for key, (_, words) in own.hypotheses.items() if out.hypotheses[key][1] == words]
     assert len(same) >= 0.9 * len(own.hypotheses)

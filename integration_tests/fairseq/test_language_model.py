@@ -1,7 +1,7 @@
 """A decoder-only language model: scoring by fairseq-eval-lm, and generation from prefixes."""
 
 import pytest
-from fairseq_helpers import DECODER, assert_same, configured, in_this_process, parse
+from fairseq_helpers import DECODER, SEARCH, assert_same, configured, in_this_process, parse
 from helpers import assert_replaced
 
 import eet_patch
@@ -15,7 +15,7 @@ BREAKS = {
 }
 
 
-def both(command, trained, *arguments):
+def both(command, trained, *arguments, replaced=DECODER, **enabled):
     config = configured(
         command,
         trained / "corpus" / "data_lm",
@@ -28,9 +28,9 @@ def both(command, trained, *arguments):
         *arguments,
     )
     own = in_this_process(command, config)
-    with eet_patch.enabled(strict=True):
+    with eet_patch.enabled(strict=True, **enabled):
         out = in_this_process(command, config)
-        assert_replaced(DECODER)
+        assert_replaced(replaced)
     return own, out
 
 
@@ -48,10 +48,12 @@ def test_eval_lm(trained, options):
                                      ["--sampling", "--sampling-topk", "5", "--beam", "1"]],
                          ids=str)  # fmt: skip
 @pytest.mark.parametrize("prefix", ["2", "6"])
-def test_generate_from_prefixes(trained, options, prefix):
+@pytest.mark.parametrize("level", ["loop", "layer"])
+def test_generate_from_prefixes(trained, options, prefix, level):
     """Rows with prefixes of different lengths, through fairseq-generate."""
     (own, _), (out, _) = both(
         "fairseq-generate", trained, "--task", "language_modeling", "--sample-break-mode", "eos",
         "--prefix-size", prefix, "--max-len-b", "30", *options,
+        replaced=SEARCH if level == "loop" else DECODER, exclude=() if level == "loop" else SEARCH,
     )  # fmt: skip
     assert_same(parse(out), parse(own))
