@@ -13,7 +13,7 @@ void embedding(Address out, Address word_weight, Address position_weight, Addres
                Address norm_bias, int64_t rows, int64_t hidden_size, int64_t vocab_size,
                int64_t num_positions, int64_t num_token_types, int64_t position_count,
                int64_t token_type_count, float word_scale, float eps, int dtype, int device,
-               Address stream, int num_threads) {
+               Address stream, int num_threads, Address tokens) {
   const EmbeddingArgs args{ptr(out),
                            ptr(word_weight),
                            ptr(position_weight),
@@ -32,8 +32,38 @@ void embedding(Address out, Address word_weight, Address position_weight, Addres
                            token_type_count,
                            word_scale,
                            eps,
-                           static_cast<DType>(dtype)};
+                           static_cast<DType>(dtype),
+                           short_index_ptr(tokens)};
   EET_RUN(embedding);
+}
+
+void pack_tokens(Address tokens, Address rows, Address cu_seqlens, Address short_cu_seqlens,
+                 Address summary, Address scratch, const MaskTuple& mask, int64_t num_heads,
+                 int64_t q_len, int64_t batch, int64_t seq_len, int64_t capacity, int64_t max_batch,
+                 int dtype, int device, Address stream, int num_threads) {
+  PackTokensArgs args{};
+  args.mask = attention_mask(mask);
+  args.tokens = static_cast<int32_t*>(ptr(tokens));
+  args.rows = static_cast<int32_t*>(ptr(rows));
+  args.cu_seqlens = static_cast<int64_t*>(ptr(cu_seqlens));
+  args.short_cu_seqlens = static_cast<int32_t*>(ptr(short_cu_seqlens));
+  args.summary = static_cast<int64_t*>(ptr(summary));
+  args.scratch = static_cast<int32_t*>(ptr(scratch));
+  args.batch = batch;
+  args.seq_len = seq_len;
+  args.num_heads = num_heads;
+  args.q_len = q_len;
+  args.capacity = capacity;
+  args.max_batch = max_batch;
+  args.dtype = static_cast<DType>(dtype);
+  EET_RUN(pack_tokens);
+}
+
+void gather_rows(Address out, Address input, Address index, int64_t rows, int64_t row_bytes,
+                 int dtype, int device, Address stream, int num_threads) {
+  const GatherRowsArgs args{ptr(out), ptr(input), short_index_ptr(index), rows, row_bytes};
+  (void)dtype;
+  EET_RUN(gather_rows);
 }
 
 void layernorm(Address out, Address input, Address weight, Address bias, int64_t rows,
@@ -304,7 +334,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("embedding", &ep::embedding, A(out), A(word_weight), A(position_weight),
         A(token_type_weight), A(input_ids), A(position_ids), A(token_type_ids), A(norm_weight),
         A(norm_bias), A(rows), A(hidden_size), A(vocab_size), A(num_positions), A(num_token_types),
-        A(position_count), A(token_type_count), A(word_scale), A(eps), EET_TAIL);
+        A(position_count), A(token_type_count), A(word_scale), A(eps), EET_TAIL,
+        py::arg("tokens") = 0);
+  m.def("pack_tokens", &ep::pack_tokens, A(tokens), A(rows), A(cu_seqlens), A(short_cu_seqlens),
+        A(summary), A(scratch), A(mask), A(num_heads), A(q_len), A(batch), A(seq_len), A(capacity),
+        A(max_batch), EET_TAIL);
+  m.def("gather_rows", &ep::gather_rows, A(out), A(input), A(index), A(rows), A(row_bytes),
+        EET_TAIL);
   m.def("layernorm", &ep::layernorm, A(out), A(input), A(weight), A(bias), A(rows), A(hidden_size),
         A(eps), EET_TAIL);
   m.def("bias_residual_layernorm", &ep::bias_residual_layernorm, A(out), A(sum_out), A(input),

@@ -30,6 +30,10 @@ inline const int64_t* index_ptr(Address address) {
   return reinterpret_cast<const int64_t*>(address);
 }
 
+inline const int32_t* short_index_ptr(Address address) {
+  return reinterpret_cast<const int32_t*>(address);
+}
+
 inline HeadStrides strides(const Triple& t) {
   return {std::get<0>(t), std::get<1>(t), std::get<2>(t)};
 }

@@ -9,6 +9,8 @@ from functools import partial
 from eet_patch.adapters import (
     beam_search,
     bert,
+    bert_encoder,
+    encoder,
     fairseq_decoder,
     fairseq_encoder,
     gpt2,
@@ -36,6 +38,7 @@ _BERT_FAMILY = {
     "roc_bert": "RoCBert",
 }
 _FILES = {"data2vec": "modeling_data2vec_text"}
+_ENCODERS = {"bert_generation": "BertEncoder"}  # BertGenerationEncoder is the model
 
 _LOOPS = {
     "gpt2": ("GPT2LMHeadModel", gpt2.LOOP),
@@ -51,6 +54,17 @@ TARGETS: tuple[PatchTarget, ...] = (
             attribute=f"{prefix}Layer.forward",
             requires=TRANSFORMERS,
             adapter=bert.adapter,
+        )
+        for folder, prefix in _BERT_FAMILY.items()
+    ),
+    *(
+        PatchTarget(
+            name=f"{folder}_encoder",
+            module=f"transformers.models.{folder}.{_FILES.get(folder, f'modeling_{folder}')}",
+            attribute=f"{_ENCODERS.get(folder, f'{prefix}Encoder')}.forward",
+            requires=TRANSFORMERS,
+            adapter=partial(encoder.adapter, bert_encoder.kind(f"{prefix}Layer")),
+            level="step",
         )
         for folder, prefix in _BERT_FAMILY.items()
     ),

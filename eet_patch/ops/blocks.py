@@ -47,11 +47,13 @@ def attention_block(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
     mask_tensor: Tensor | None = None,
+    short_cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Self-attention with its norm, projections and residual; hidden_states (batch, q_len,
     hidden_size) contiguous, or (total_tokens, hidden_size) when packed. `cache` is written in
     place; `update_kv` hands the new keys and values to somebody else's cache instead. `mask_tensor`
-    is the bool or additive tensor behind `mask`, where torch's own attention may have it.
+    is the bool or additive tensor behind `mask`, where torch's own attention may have it, and
+    `short_cu_seqlens` is `cu_seqlens` in the form that torch's takes.
     """
     if cu_seqlens is None:
         batch, q_len, hidden_size = hidden_states.shape
@@ -111,6 +113,7 @@ def attention_block(
         cu_seqlens,
         max_seqlen,
         mask_tensor,
+        short_cu_seqlens,
     )
     out = project_out(
         context.view(rows, hidden_size),
@@ -155,14 +158,18 @@ def project_out(
     in_out: bool,
     norm: Norm,
     residual: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The last product of a block with its residual, and the norm of a post-norm block."""
+    """The last product of a block with its residual, and the norm of a post-norm block, whose
+    result goes to `out` if that is given.
+    """
     if norm.placement == "post":
         if uses_our_products(flat, flat.shape[0]):
-            out = linear(flat, (weight,), (bias,), in_out, residual=residual)
-            return layernorm(out, norm, out)
-        out = torch_linear(flat, weight, None, in_out)
-        return bias_residual_layernorm(out, bias, residual, norm, out)
+            product = linear(flat, (weight,), (bias,), in_out, residual=residual)
+            return layernorm(product, norm, product if out is None else out)
+        product = torch_linear(flat, weight, None, in_out)
+        out = product if out is None else out
+        return bias_residual_layernorm(product, bias, residual, norm, out)
     if uses_our_products(flat, flat.shape[0]):
         return linear(flat, (weight,), (bias,), in_out, residual=residual)
     out = torch_linear(flat, weight, bias, in_out)
@@ -248,9 +255,10 @@ def ffn(
     activation: str | None,
     norm: Norm,
     add_residual: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
     """A feed-forward block with its norm and residual; hidden_states (..., hidden_size),
-    contiguous.
+    contiguous. A post-norm block writes to `out` if that is given.
     """
     hidden_size = hidden_states.shape[-1]
     rows = hidden_states.numel() // hidden_size
@@ -259,10 +267,11 @@ def ffn(
     intermediate_size = fc1_weight.shape[1 if in_out else 0]
     if intermediate_size == 0:
         flat = hidden_states.view(rows, hidden_size)
-        out = flat.clone() if add_residual else torch.zeros_like(flat)
+        inner = flat.clone() if add_residual else torch.zeros_like(flat)
         if fc2_bias is not None:
-            out += fc2_bias
-        return (layernorm(out, norm) if norm.placement == "post" else out).view_as(hidden_states)
+            inner += fc2_bias
+        result = layernorm(inner, norm, out) if norm.placement == "post" else inner
+        return result.view_as(hidden_states)
     if not uses_our_products(hidden_states, rows):
         flat = hidden_states.view(rows, hidden_size)
         normed = layernorm(flat, norm) if norm.placement == "pre" else flat
@@ -277,11 +286,11 @@ def ffn(
             *place(inner),
         )
         residual = flat if add_residual else None
-        out = project_out(inner, fc2_weight, fc2_bias, in_out, norm, residual)
-        return out.view(hidden_states.shape)
+        result = project_out(inner, fc2_weight, fc2_bias, in_out, norm, residual, out)
+        return result.view(hidden_states.shape)
     module, where = extension(), place(hidden_states)
     nbytes = module.ffn_workspace_bytes(rows, hidden_size, intermediate_size, where[0], where[1])
-    out = torch.empty_like(hidden_states)
+    out = torch.empty_like(hidden_states) if out is None else out
     workspace = torch.empty(nbytes, dtype=torch.uint8, device=hidden_states.device)
     module.ffn(
         out.data_ptr(),

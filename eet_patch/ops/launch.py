@@ -8,6 +8,7 @@ out_features), as transformers' Conv1D keeps it, and not (out, in).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -159,6 +160,19 @@ def _torch_attends(
     return not causal or (mask_tensor is None and query.shape[2] == key.shape[2])
 
 
+def _torch_attends_packed(query: Tensor, max_seqlen: int) -> bool:
+    """Whether torch's flash attention over packed sequences is there, and faster."""
+    if query.device.type != "cuda" or query.dtype == torch.float32 or query.shape[2] % 8:
+        return False
+    return max_seqlen >= MIN_TORCH_ATTENTION_LEN and has_flash_attention(query.device.index)
+
+
+@functools.cache
+def has_flash_attention(device: int) -> bool:
+    newest = torch.cuda.get_device_capability(device) >= (8, 0)
+    return newest and torch.backends.cuda.is_flash_attention_available()
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -170,11 +184,12 @@ def attention(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
     mask_tensor: Tensor | None = None,
+    short_cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """query (batch, num_heads, q_len, head_dim), key and value (batch, num_kv_heads, kv_len,
     head_dim), any strides but a contiguous last dimension; returns (batch, q_len, num_heads,
     head_dim), contiguous. Packed (cu_seqlens given): (total_tokens, num_heads, head_dim) in and
-    out.
+    out; with `short_cu_seqlens`, the same as int32, torch's attention may have it.
     """
     if _torch_attends(query, key, mask, causal, kv_start, cu_seqlens, mask_tensor):
         context = F.scaled_dot_product_attention(
@@ -187,6 +202,20 @@ def attention(
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return context.transpose(1, 2).contiguous()
+    if short_cu_seqlens is not None and _torch_attends_packed(query, max_seqlen):
+        return torch.ops.aten._flash_attention_forward(
+            query,
+            key,
+            value,
+            short_cu_seqlens,
+            short_cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            0.0,
+            causal,
+            False,
+            scale=softmax_scale,
+        )[0]
     if cu_seqlens is None:
         batch, num_heads, q_len, head_dim = query.shape
         num_kv_heads, kv_len = key.shape[1], key.shape[2]

@@ -1,0 +1,202 @@
+"""Encoders of transformers, whole: all layers of a call over the real tokens alone.
+
+An `EncoderKind` says where a family keeps its layers and what its encoder takes and returns, a
+`LayerKind` what one of its layers is; both are all that a family adds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from eet_patch import patching
+from eet_patch.adapters.host import (
+    HostMask,
+    attentions_reason,
+    host_mask,
+    is_recording_hook,
+    other_arguments_reason,
+    recorder,
+    version_before,
+)
+from eet_patch.encoding.packed import Batch, EncoderLayer, encode
+from eet_patch.gates import Watch, note_sound, submodule_reason, watch_of
+from eet_patch.ops.packing import launch_gather_rows
+from eet_patch.patching import Adapter, Withdrawn
+
+KNOWN = frozenset({"hidden_states", "attention_mask", "output_attentions", "return_dict"})
+CHANGED = "a module, a parameter or a hook was changed since the last call"
+
+
+class LayerKind(NamedTuple):
+    """One kind of encoder layer.
+
+    Attributes:
+        cls: the host's class.
+        reason: (layer, an input) -> why its modules and parameters can't be taken in place, or
+            None; asked again only when something of them changed.
+        implementation: (layer) -> "sdpa", "eager" or "flash", which mean the same over padding, or
+            the reason; asked on every call.
+        packed: (layer) -> its parameters.
+    """
+
+    cls: type
+    reason: Callable[[Any, Tensor], str | None]
+    implementation: Callable[[Any], str]
+    packed: Callable[[Any], EncoderLayer]
+
+
+class EncoderKind(NamedTuple):
+    """One kind of encoder.
+
+    Attributes:
+        layer_class: name of the class of its layers, which stands in the encoder's module.
+        layer_kind: (that class) -> what such a layer is.
+        layers: (encoder) -> its layers, in the order in which they run.
+    """
+
+    layer_class: str
+    layer_kind: Callable[[type], LayerKind]
+    layers: Callable[[Any], tuple[Any, ...]]
+
+
+class Encoder(NamedTuple):
+    """An encoder that passed all checks: its layers, and what the verdict rested on."""
+
+    module: nn.Module
+    modules: tuple[Any, ...]
+    layers: tuple[EncoderLayer, ...]
+    watch: Watch | None
+    checked: bool
+
+
+class Plan(NamedTuple):
+    encoder: Encoder
+    mask: HostMask
+
+
+class Encoders:
+    """Finds out whether encoders of one kind can be taken whole."""
+
+    def __init__(self, kind: EncoderKind, cls: type) -> None:
+        module = sys.modules[cls.__module__]
+        self.cls = cls
+        self.layer = kind.layer_kind(getattr(module, kind.layer_class))
+        self._layers = kind.layers
+
+    def checked(self, encoder: Any, like: Tensor) -> Encoder | str:
+        """On CUDA what was noted of the modules is compared while the device works, by `confirm`:
+        only where the parameters lie has to be known before.
+        """
+        watch = watch_of(encoder, like)
+        on_cuda = like.device.type == "cuda"
+        modules = self._layers(encoder)
+        if watch is not None and (watch.parameters_stay() if on_cuda else watch.holds(like)):
+            packed = watch.notes
+        else:
+            reason = self._reason(encoder, modules, like)
+            if reason is not None:
+                return reason
+            packed, watch = tuple(map(self.layer.packed, modules)), None
+        implementation = self.layer.implementation(modules[0])
+        if " " in implementation:
+            return implementation
+        return Encoder(encoder, modules, packed, watch, watch is None or not on_cuda)
+
+    def _reason(self, encoder: Any, modules: tuple[Any, ...], like: Tensor) -> str | None:
+        if not modules:
+            return "the encoder has no layers"
+        for layer in dict.fromkeys(modules):
+            reason = submodule_reason(layer, self.layer.cls, is_recording_hook)
+            reason = reason or self.layer.reason(layer, like)
+            if reason is not None:
+                return reason
+        return None
+
+
+def confirm(encoder: Encoder, like: Tensor) -> None:
+    """The rest of the checks, or the note that they were passed."""
+    if encoder.watch is None:
+        note_sound(encoder.module, like, encoder.layers)
+    elif not encoder.checked and not encoder.watch.holds(like):
+        raise Withdrawn(CHANGED)
+
+
+def run(encoder: Encoder, batch: Batch, visit: Any = None) -> Tensor:
+    """The last layer's output as a padded batch; raises `Withdrawn` where the original must run."""
+    if visit is not None:  # what it was shown can't be taken back
+        confirm(encoder, batch.like)
+    out = encode(encoder.modules[0], encoder.layers, batch, patching.keeps_padding(), visit)
+    if visit is None:
+        confirm(encoder, batch.like)
+    if isinstance(out, str):
+        raise Withdrawn(out)
+    return out
+
+
+def adapter(kind: EncoderKind, cls: type, original: Callable[..., Any]) -> Adapter:
+    """For the forward of an encoder that takes hidden states and a mask."""
+    encoders = Encoders(kind, cls)
+    before_5 = version_before("5.0")
+    outputs = vars(sys.modules[cls.__module__])
+    output_class = outputs.get("BaseModelOutputWithPastAndCrossAttentions")
+    output_class = output_class or outputs["BaseModelOutput"]
+    known = KNOWN | ({"output_hidden_states"} if before_5 else set())
+
+    def plan(encoder: Any, arguments: dict[str, Any]) -> Plan | str:
+        if before_5 and not any(given is not None for given in arguments.get("head_mask") or ()):
+            arguments = arguments | {"head_mask": None}  # an entry a layer, mostly nothing
+        reason = other_arguments_reason(arguments, known) or attentions_reason(arguments)
+        if reason is not None:
+            return reason
+        hidden_states = arguments["hidden_states"]
+        if hidden_states.dim() != 3 or not hidden_states.numel():
+            return f"the input has shape {tuple(hidden_states.shape)}"
+        found = encoders.checked(encoder, hidden_states)
+        if isinstance(found, str):
+            return found
+        batch_size, seq_len, _ = hidden_states.shape
+        sizes = (batch_size, found.layers[0].num_heads, seq_len, seq_len)
+        mask = host_mask(arguments.get("attention_mask"), hidden_states, sizes)
+        return mask if isinstance(mask, str) else Plan(found, mask)
+
+    def forward(plan: Plan, encoder: Any, arguments: dict[str, Any]) -> Any:
+        hidden_states = arguments["hidden_states"]
+        padded = hidden_states.view(-1, hidden_states.shape[2])
+
+        def embed(tokens: Tensor, out: Tensor) -> None:
+            launch_gather_rows(padded, tokens, out)
+
+        sizes = hidden_states.shape
+        batch = Batch(sizes[0], sizes[1], sizes[2], hidden_states, plan.mask.form, embed, padded)
+        states: list[Tensor] = []
+        visit = None
+        if before_5 and arguments.get("output_hidden_states"):
+            states.append(hidden_states)
+
+            def visit(index: int, before: Tensor, after: Tensor) -> None:
+                states.append(after)
+
+        elif not before_5 and "hidden_states" in (recorder() or ()):
+            visit = partial(_record, plan.encoder.modules, hidden_states)
+        out = run(plan.encoder, batch, visit)
+        if before_5 and not arguments.get("return_dict", True):
+            return (out, tuple(states)) if states else (out,)
+        if before_5:
+            return output_class(last_hidden_state=out, hidden_states=tuple(states) or None)
+        return output_class(last_hidden_state=out)
+
+    return Adapter(plan, forward)
+
+
+def _record(
+    modules: tuple[Any, ...], hidden_states: Tensor, index: int, before: Tensor, after: Tensor
+) -> None:
+    """Hands a layer's input and output to transformers' own hooks, as if the layer had run."""
+    given = hidden_states if index == 0 else before
+    for hook in modules[index]._forward_hooks.values():
+        hook(modules[index], (given,), after)

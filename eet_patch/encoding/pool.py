@@ -1,0 +1,272 @@
+"""The graphs of encoders on CUDA, and the buffers that they read and write: bounded, reported,
+freed with the model, by `disable()` and after an out-of-memory.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from eet_patch import patching, reporting
+from eet_patch.generation.step import plain_tensors
+from eet_patch.ops.packing import Starts
+
+if TYPE_CHECKING:
+    from eet_patch.encoding.packed import EncoderLayer, Shape
+
+MAX_STEPS = 2  # of an encoder: one for each stream that calls it
+MAX_GRAPHS = 48  # of a step; the one that has waited longest gives way
+# Buffers and scratch of a step. A batch of more tokens than fit keeps the GPU busy for longer than
+# its launches take, and runs without a graph.
+MAX_BYTES = 256 * 2**20
+LEAST_ROWS = 1024
+LEAST_BATCH = 256
+# Rows of hidden states that are alive at once, at most, while a layer runs: input, query, key,
+# value and context; or input, the inner rows (4 as wide, mostly) and their product.
+ROWS_ALIVE = 8
+
+_lock = threading.Lock()
+_steps: weakref.WeakKeyDictionary[Any, list[Step]] = weakref.WeakKeyDictionary()
+
+
+class Answer:
+    """A few numbers on their way from the device to the host."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        self._host.copy_(numbers, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record(torch.cuda.current_stream(numbers.device))
+
+    def wait(self) -> list[int]:
+        self._arrived.synchronize()
+        return self._host.tolist()
+
+
+class Graph:
+    """A CUDA graph of torch's launches and ours. What they allocate comes from a pool of its own,
+    which all graphs of a step share: they run one after the other.
+    """
+
+    def __init__(self, device: torch.device, pool: Any) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        self._stream = torch.cuda.Stream(device)
+        self._pool = pool
+
+    def capture(self, launch: Callable[[], None]) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            # Other threads may go on to allocate and to synchronise.
+            self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                launch()
+            finally:
+                self._graph.capture_end()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+def _settings() -> tuple[object, ...]:
+    """Of torch, which a graph of its products bakes in."""
+    matmul = torch.backends.cuda.matmul
+    return (
+        matmul.allow_tf32,
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+    )
+
+
+class Step:
+    """The buffers of one encoder on one stream, and the graphs over them."""
+
+    def __init__(self, like: Tensor, hidden_size: int, stream: int) -> None:
+        self.busy = False
+        self.stream = stream
+        self._layers: object = None
+        self._device, self._hidden_size = like.device, hidden_size
+        self._like = torch.empty(0, dtype=like.dtype, device=like.device)
+        self._graphs: OrderedDict[tuple[object, ...], Graph | None] = OrderedDict()
+        self._graphs_work = True
+        self._hidden_states: Tensor | None = None
+        self._pool: Any = None
+        self._pool_bytes = 0
+        with plain_tensors():
+            self.starts = Starts.empty(LEAST_BATCH, like.device)
+
+    def fits(self, like: Tensor, hidden_size: int) -> bool:
+        mine = (self._like.dtype, self._device, self._hidden_size)
+        return mine == (like.dtype, like.device, hidden_size)
+
+    def begin(self, layers: object, max_batch: int) -> None:
+        """Makes the step ready for a call of up to `max_batch` sequences."""
+        if self._layers is not layers:
+            self.clear()
+        self._layers = layers
+        if self.starts.cu_seqlens.shape[0] <= max_batch:
+            self._graphs.clear()
+            with plain_tensors():
+                self.starts = Starts.empty(max_batch, self._device)
+
+    def clear(self) -> None:
+        self._graphs.clear()
+        self._hidden_states, self._pool, self._pool_bytes = None, None, 0
+
+    def nbytes(self) -> int:
+        held = 0 if self._hidden_states is None else self._hidden_states.nbytes
+        return held + sum(t.nbytes for t in self.starts) + self._pool_bytes
+
+    def num_graphs(self) -> int:
+        return sum(graph is not None for graph in self._graphs.values())
+
+    def _buffer(self, rows: int) -> Tensor | None:
+        """(rows, hidden_size), at the same address for as long as graphs hold it."""
+        if self._hidden_states is not None and self._hidden_states.shape[0] >= rows:
+            return self._hidden_states[:rows]
+        capacity = max(LEAST_ROWS, 1 << (rows - 1).bit_length())
+        row_bytes = self._hidden_size * self._like.itemsize
+        if capacity * row_bytes * (1 + ROWS_ALIVE) > MAX_BYTES:
+            capacity = rows
+        if capacity * row_bytes * (1 + ROWS_ALIVE) > MAX_BYTES:
+            return None
+        self.clear()  # before the larger ones are there
+        with plain_tensors():
+            self._hidden_states = self._like.new_empty(capacity, self._hidden_size)
+        return self._hidden_states[:rows]
+
+    def run(
+        self,
+        shape: Shape,
+        embed: Callable[[Tensor], None],
+        layers: Sequence[EncoderLayer],
+    ) -> Tensor:
+        """The packed rows after the last layer; they are overwritten by the step's next call."""
+        from eet_patch.encoding.packed import run_layers
+
+        buffer = self._buffer(shape.rows) if self._graphs_work else None
+        if buffer is None:
+            hidden_states = self._like.new_empty(shape.rows, self._hidden_size)
+            embed(hidden_states)
+            return run_layers(hidden_states, layers, self.starts, shape)
+        key = (shape, _settings())
+        known = key in self._graphs
+        graph = self._graphs.pop(key, None)
+        if known and graph is None:
+            graph = self._captured(buffer, layers, shape)
+        embed(buffer)
+        if graph is None:
+            # Once without a graph: a shape may never come again, and kernels are loaded at their
+            # first launch, which a capture must not do.
+            self._note(key, None)
+            return run_layers(buffer, layers, self.starts, shape)
+        try:
+            graph.replay()
+        except RuntimeError as error:
+            self._give_up("launch", error)
+            embed(buffer)
+            return run_layers(buffer, layers, self.starts, shape)
+        self._note(key, graph)
+        return buffer
+
+    def _note(self, key: tuple[object, ...], graph: Graph | None) -> None:
+        self._graphs[key] = graph
+        while len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+
+    def _captured(
+        self, buffer: Tensor, layers: Sequence[EncoderLayer], shape: Shape
+    ) -> Graph | None:
+        from eet_patch.encoding.packed import run_layers
+
+        def launch() -> None:
+            if self._pool_bytes == 0:
+                # One block for all graphs, out of which each takes its own: grown from graph to
+                # graph, the pool would keep what is too small for the next.
+                assert self._hidden_states is not None
+                self._hidden_states.new_empty(ROWS_ALIVE, *self._hidden_states.shape)
+            # Onto the buffer that it came from: one address serves all graphs.
+            run_layers(buffer, layers, self.starts, shape, buffer)
+
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        before = torch.cuda.memory_reserved(self._device)
+        graph = Graph(self._device, self._pool)
+        try:
+            with plain_tensors():
+                graph.capture(launch)
+        except RuntimeError as error:
+            self._give_up("capture", error)
+            return None
+        self._pool_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
+        return graph
+
+    def _give_up(self, what: str, error: RuntimeError) -> None:
+        self._graphs_work = False
+        self.clear()  # the memory may be short
+        warnings.warn(
+            f"eet_patch could not {what} the layers of an encoder ({error}); they run without a "
+            "CUDA graph, at the speed of their launches",
+            stacklevel=3,
+        )
+
+
+def borrow(
+    owner: Any, layers: object, like: Tensor, hidden_size: int, max_batch: int
+) -> Step | None:
+    """A step of `owner` on the current stream, nobody else's until it is given back; None where
+    others hold all there may be.
+    """
+    stream = torch._C._cuda_getCurrentRawStream(like.device.index)
+    with _lock:
+        steps = _steps.setdefault(owner, [])
+        steps[:] = [step for step in steps if step.busy or step.fits(like, hidden_size)]
+        step = next((s for s in steps if s.stream == stream), None)
+        if step is None and len(steps) < MAX_STEPS:
+            step = Step(like, hidden_size, stream)
+            steps.append(step)
+        if step is None or step.busy or not step.fits(like, hidden_size):
+            return None
+        step.busy = True
+    try:
+        step.begin(layers, max_batch)
+    except BaseException:
+        give_back(step)
+        raise
+    return step
+
+
+def give_back(step: Step) -> None:
+    step.busy = False
+
+
+def release() -> None:
+    """Frees all graphs and buffers."""
+    with _lock:
+        held = bool(_steps)
+        _steps.clear()
+    if held:
+        torch.cuda.empty_cache()  # what was a graph's goes nowhere else by itself
+
+
+def _all_steps() -> list[Step]:
+    with _lock:
+        return [step for steps in _steps.values() for step in steps]
+
+
+def held_bytes() -> int:
+    return sum(step.nbytes() for step in _all_steps())
+
+
+def num_graphs() -> int:
+    return sum(step.num_graphs() for step in _all_steps())
+
+
+reporting.MEMORY["encoder steps (packed tokens, scratch of graphs)"] = held_bytes
+patching.at_disable(release)
