@@ -10,6 +10,7 @@ from eet_patch.adapters import (
     beam_search,
     bert,
     bert_encoder,
+    bert_model,
     encoder,
     fairseq_decoder,
     fairseq_encoder,
@@ -67,6 +68,17 @@ TARGETS: tuple[PatchTarget, ...] = (
             level="step",
         )
         for folder, prefix in _BERT_FAMILY.items()
+    ),
+    *(
+        PatchTarget(
+            name=f"{folder}_model",
+            module=f"transformers.models.{folder}.{_FILES.get(folder, f'modeling_{folder}')}",
+            attribute=f"{_BERT_FAMILY[folder]}Model.forward",
+            requires=TRANSFORMERS,
+            adapter=bert_model.adapter,
+            level="step",
+        )
+        for folder in ("bert", "roberta", "xlm_roberta", "camembert", "data2vec")
     ),
     PatchTarget(
         name="gpt2_block",

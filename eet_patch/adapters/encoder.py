@@ -138,13 +138,17 @@ def run(encoder: Encoder, batch: Batch, visit: Any = None) -> Tensor:
     return out
 
 
+def output_class(cls: type) -> Any:
+    """What the host's encoder returns."""
+    found = vars(sys.modules[cls.__module__])
+    return found.get("BaseModelOutputWithPastAndCrossAttentions") or found["BaseModelOutput"]
+
+
 def adapter(kind: EncoderKind, cls: type, original: Callable[..., Any]) -> Adapter:
     """For the forward of an encoder that takes hidden states and a mask."""
     encoders = Encoders(kind, cls)
     before_5 = version_before("5.0")
-    outputs = vars(sys.modules[cls.__module__])
-    output_class = outputs.get("BaseModelOutputWithPastAndCrossAttentions")
-    output_class = output_class or outputs["BaseModelOutput"]
+    make_output = output_class(cls)
     known = KNOWN | ({"output_hidden_states"} if before_5 else set())
 
     def plan(encoder: Any, arguments: dict[str, Any]) -> Plan | str:
@@ -187,8 +191,8 @@ def adapter(kind: EncoderKind, cls: type, original: Callable[..., Any]) -> Adapt
         if before_5 and not arguments.get("return_dict", True):
             return (out, tuple(states)) if states else (out,)
         if before_5:
-            return output_class(last_hidden_state=out, hidden_states=tuple(states) or None)
-        return output_class(last_hidden_state=out)
+            return make_output(last_hidden_state=out, hidden_states=tuple(states) or None)
+        return make_output(last_hidden_state=out)
 
     return Adapter(plan, forward)
 
