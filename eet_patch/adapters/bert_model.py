@@ -30,7 +30,11 @@ from eet_patch.ops.launch import Mask
 from eet_patch.ops.packing import padding_mask_form
 from eet_patch.patching import Adapter, Withdrawn
 
-KNOWN = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "return_dict"})
+KNOWN = frozenset(
+    {"input_ids", "attention_mask", "token_type_ids", "position_ids", "return_dict"}
+    | {"output_attentions"}
+)
+RECORDED = ("output_attentions", "output_hidden_states")
 TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 
@@ -108,7 +112,8 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
 def _output_reason(config: Any, arguments: dict[str, Any]) -> str | None:
     if config.is_decoder:
         return "the model is a decoder"
-    if config.output_attentions or config.output_hidden_states or recorder() is not None:
+    asked = [getattr(config, name) or arguments.get(name) for name in RECORDED]
+    if any(asked) or recorder():
         return "outputs of the layers are recorded"
     return_dict = arguments.get("return_dict")
     if not (config.return_dict if return_dict is None else return_dict):
