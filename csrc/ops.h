@@ -102,6 +102,9 @@ struct LinearArgs {
   DType dtype;
 };
 constexpr int64_t kMaxSkinnyRows = 64;
+// CUDA takes up to this many where the type has 16 bits, the weights are (out, in), there is no LN,
+// and sizes and addresses allow 16-byte vectors.
+constexpr int64_t kMaxTiledRows = 512;
 
 // out = softmax(scale * query @ key^T + mask) @ value, per (batch, head).
 // Padded form: cu_seqlens null, every batch row has q_len queries and kv_len keys. Packed form:

@@ -28,7 +28,10 @@ __global__ void __launch_bounds__(kThreads)
     float values[kVector];
     load_vector(input + row * size + column, values);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) values[i] = activate(values[i] + added[i], activation);
+    for (int i = 0; i < kVector; ++i) {
+      const float sum = values[i] + added[i];
+      values[i] = sizeof(T) == 2 ? activate_fast(sum, activation) : activate(sum, activation);
+    }
     store_vector(out + row * size + column, values);
   }
 }

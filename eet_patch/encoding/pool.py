@@ -33,6 +33,8 @@ LEAST_BATCH = 256
 ROWS_ALIVE = 8
 
 _lock = threading.Lock()
+_capturing = threading.Lock()
+_capture_streams: dict[tuple[int, int], torch.cuda.Stream] = {}
 _steps: weakref.WeakKeyDictionary[Any, list[Step]] = weakref.WeakKeyDictionary()
 
 
@@ -51,24 +53,30 @@ class Answer:
 
 
 class Graph:
-    """A CUDA graph of torch's launches and ours. What they allocate comes from a pool of its own,
-    which all graphs of a step share: they run one after the other.
+    """A CUDA graph of torch's launches and ours, for replay on one stream. What they allocate comes
+    from a pool of its own, which all graphs of a step share: they run one after the other.
     """
 
-    def __init__(self, device: torch.device, pool: Any) -> None:
+    def __init__(self, device: torch.device, stream: int, pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        self._stream = torch.cuda.Stream(device)
+        self._device, self._key = device, (device.index, stream)
         self._pool = pool
 
     def capture(self, launch: Callable[[], None]) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            # Other threads may go on to allocate and to synchronise.
-            self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                launch()
-            finally:
-                self._graph.capture_end()
+        with _capturing:
+            # cuBLAS has a workspace of 32 MiB for each stream that it was called on, also where
+            # that stream was only captured: graphs that can't run at the same time share one.
+            stream = _capture_streams.get(self._key)
+            if stream is None:
+                stream = _capture_streams[self._key] = torch.cuda.Stream(self._device)
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                # Other threads may go on to allocate and to synchronise.
+                self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    launch()
+                finally:
+                    self._graph.capture_end()
 
     def replay(self) -> None:
         self._graph.replay()
@@ -197,7 +205,7 @@ class Step:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         before = torch.cuda.memory_reserved(self._device)
-        graph = Graph(self._device, self._pool)
+        graph = Graph(self._device, self.stream, self._pool)
         try:
             with plain_tensors():
                 graph.capture(launch)

@@ -1,6 +1,6 @@
 """Unchecked blocks of a layer: self-attention, cross-attention, feed-forward, each with its norm,
-projections and residual. Few rows go to one call of the extension; many go through torch's
-products, with the extension's kernels between them.
+projections and residual. Few rows, on CUDA up to some hundred, go to one call of the extension;
+many go through torch's products, with the extension's kernels between them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from eet_patch.ops.launch import (
     bias_residual_layernorm,
     layernorm,
     linear,
+    takes_tiles,
     three_addresses,
     torch_linear,
     uses_our_products,
@@ -65,7 +66,12 @@ def attention_block(
         return torch.empty_like(hidden_states)
     head_dim = hidden_size // num_heads
     past_len = cache.past_len if cache is not None else 0
-    if update_kv is None and uses_our_products(hidden_states, rows):
+    if update_kv is None and (
+        uses_our_products(hidden_states, rows)
+        or takes_tiles(
+            rows, in_out, norm, hidden_states, *qkv_weights, *qkv_biases, out_weight, out_bias
+        )
+    ):
         return _fused_attention_block(
             hidden_states,
             qkv_weights,
@@ -272,7 +278,9 @@ def ffn(
             inner += fc2_bias
         result = layernorm(inner, norm, out) if norm.placement == "post" else inner
         return result.view_as(hidden_states)
-    if not uses_our_products(hidden_states, rows):
+    if not uses_our_products(hidden_states, rows) and not takes_tiles(
+        rows, in_out, norm, hidden_states, fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    ):
         flat = hidden_states.view(rows, hidden_size)
         normed = layernorm(flat, norm) if norm.placement == "pre" else flat
         inner = torch_linear(normed, fc1_weight, fc1_bias, in_out)

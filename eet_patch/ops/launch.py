@@ -25,6 +25,7 @@ from eet_patch.ops._extension import (
     place,
 )
 
+MAX_TILED_ROWS = EXTENSION.MAX_TILED_ROWS if EXTENSION is not None else 0
 MAX_SKINNY_ROWS = EXTENSION.MAX_SKINNY_ROWS if EXTENSION is not None else 0
 # torch's CPU products use bf16 instructions; ours read each weight once and win only where memory
 # bandwidth is the limit. Its float16 products are several times slower than ours at any size.
@@ -82,6 +83,25 @@ def uses_our_products(tensor: Tensor, rows: int) -> bool:
     if tensor.dtype == torch.float32:
         return CPU_PRODUCTS_ARE_OURS or rows <= MAX_SKINNY_ROWS
     return tensor.dtype == torch.float16 or rows <= MAX_BFLOAT16_ROWS_ON_CPU
+
+
+def takes_tiles(rows: int, in_out: bool, norm: Norm, *operands: Tensor | None) -> bool:
+    """Whether the extension's products for some hundred rows serve a block with these operands, of
+    which the first is its input; they can do less than those for few rows.
+    """
+    first = operands[0]
+    assert first is not None
+    if first.device.type != "cuda" or first.dtype == torch.float32 or rows > MAX_TILED_ROWS:
+        return False
+    if in_out or norm.placement == "pre" or not has_tensor_cores(first.device.index):
+        return False
+    return all(t is None or (t.data_ptr() % 16 == 0 and t.shape[-1] % 8 == 0) for t in operands)
+
+
+@functools.cache
+def has_tensor_cores(device: int) -> bool:
+    """Of the kind that our products and torch's flash attention are written for."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def linear(
@@ -164,13 +184,9 @@ def _torch_attends_packed(query: Tensor, max_seqlen: int) -> bool:
     """Whether torch's flash attention over packed sequences is there, and faster."""
     if query.device.type != "cuda" or query.dtype == torch.float32 or query.shape[2] % 8:
         return False
-    return max_seqlen >= MIN_TORCH_ATTENTION_LEN and has_flash_attention(query.device.index)
-
-
-@functools.cache
-def has_flash_attention(device: int) -> bool:
-    newest = torch.cuda.get_device_capability(device) >= (8, 0)
-    return newest and torch.backends.cuda.is_flash_attention_available()
+    if max_seqlen < MIN_TORCH_ATTENTION_LEN or not has_tensor_cores(query.device.index):
+        return False
+    return torch.backends.cuda.is_flash_attention_available()
 
 
 def attention(

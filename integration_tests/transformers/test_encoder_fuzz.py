@@ -32,7 +32,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def models(index, dtype, device):
     family, hidden_size, heads, inner, layers, activation = MODELS[index]
     model = tiny_bert(
