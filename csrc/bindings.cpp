@@ -38,9 +38,9 @@ void embedding(Address out, Address word_weight, Address position_weight, Addres
 }
 
 void pack_tokens(Address tokens, Address rows, Address cu_seqlens, Address short_cu_seqlens,
-                 Address summary, Address scratch, const MaskTuple& mask, int64_t num_heads,
-                 int64_t q_len, int64_t batch, int64_t seq_len, int64_t capacity, int64_t max_batch,
-                 int dtype, int device, Address stream, int num_threads) {
+                 Address summary, int64_t ticket, Address scratch, const MaskTuple& mask,
+                 int64_t num_heads, int64_t q_len, int64_t batch, int64_t seq_len, int64_t capacity,
+                 int64_t max_batch, int dtype, int device, Address stream, int num_threads) {
   PackTokensArgs args{};
   args.mask = attention_mask(mask);
   args.tokens = static_cast<int32_t*>(ptr(tokens));
@@ -48,6 +48,7 @@ void pack_tokens(Address tokens, Address rows, Address cu_seqlens, Address short
   args.cu_seqlens = static_cast<int64_t*>(ptr(cu_seqlens));
   args.short_cu_seqlens = static_cast<int32_t*>(ptr(short_cu_seqlens));
   args.summary = static_cast<int64_t*>(ptr(summary));
+  args.ticket = ticket;
   args.scratch = static_cast<int32_t*>(ptr(scratch));
   args.batch = batch;
   args.seq_len = seq_len;
@@ -284,20 +285,87 @@ int64_t ffn_workspace_bytes(int64_t rows, int64_t hidden_size, int64_t intermedi
   return EET_ON_DEVICE(ffn_workspace_bytes(args));
 }
 
+// The summary that pack_tokens writes to pinned memory, once its ticket is there. Looking at it
+// takes a few microseconds less than an event and a copy of torch's, and holds up nothing else.
+py::tuple await_summary(Address summary, int64_t ticket, int device, Address stream) {
+  const volatile int64_t* values = static_cast<const volatile int64_t*>(ptr(summary));
+  bool arrived = false;
+  {
+    py::gil_scoped_release release;
+    const DeviceGuard guard(device);
+    for (int64_t spins = 1; !(arrived = values[3] == ticket); ++spins) {
+#ifdef EET_WITH_CUDA
+      constexpr int64_t kSpinsPerQuery = 1 << 16;
+      if (spins % kSpinsPerQuery != 0) continue;
+      const cudaError_t state = cudaStreamQuery(static_cast<cudaStream_t>(ptr(stream)));
+      if (state != cudaErrorNotReady) {  // done, or broken
+        (void)cudaGetLastError();
+        arrived = values[3] == ticket;
+        break;
+      }
+#else
+      (void)stream;
+      break;
+#endif
+    }
+  }
+  if (!arrived) throw std::runtime_error("eet_patch.pack_tokens: the device did not answer");
+  return py::make_tuple(values[0], values[1], values[2]);
+}
+
+// Whether `dict` holds just these keys and these very objects, in whatever order.
+bool same_items(PyObject* dict, PyObject* keys, PyObject* values) {
+  const Py_ssize_t count = PyTuple_GET_SIZE(keys);
+  if (PyDict_Size(dict) != count) return false;
+  // In their order first, which costs a fifth of looking each of them up.
+  PyObject *key = nullptr, *value = nullptr;
+  Py_ssize_t position = 0, i = 0;
+  while (i < count && PyDict_Next(dict, &position, &key, &value) != 0 &&
+         key == PyTuple_GET_ITEM(keys, i) && value == PyTuple_GET_ITEM(values, i))
+    ++i;
+  for (; i < count; ++i) {
+    PyObject* found = PyDict_GetItemWithError(dict, PyTuple_GET_ITEM(keys, i));
+    if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    if (found != PyTuple_GET_ITEM(values, i)) return false;
+  }
+  return true;
+}
+
 // Whether every dictionary of (dictionary, keys, values) still holds just these keys and these very
 // objects. In C++ because a layer's modules hold some 300 of them, which are compared on every
 // call.
 bool same_contents(const py::tuple& noted) {
   for (const py::handle entry : noted) {
-    PyObject* dict = PyTuple_GET_ITEM(entry.ptr(), 0);
-    PyObject* keys = PyTuple_GET_ITEM(entry.ptr(), 1);
-    PyObject* values = PyTuple_GET_ITEM(entry.ptr(), 2);
-    if (PyDict_Size(dict) != PyTuple_GET_SIZE(keys)) return false;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(keys); ++i) {
-      PyObject* found = PyDict_GetItemWithError(dict, PyTuple_GET_ITEM(keys, i));
-      if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-      if (found != PyTuple_GET_ITEM(values, i)) return false;
-    }
+    if (!same_items(PyTuple_GET_ITEM(entry.ptr(), 0), PyTuple_GET_ITEM(entry.ptr(), 1),
+                    PyTuple_GET_ITEM(entry.ptr(), 2)))
+      return false;
+  }
+  return true;
+}
+
+py::object call_method(PyObject* object, PyObject* name) {
+  PyObject* result = PyObject_CallMethodNoArgs(object, name);
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+// Whether every tensor of (tensor, address, dtype, is_contiguous()) still lies at its address and,
+// where `all` is to be compared, has its dtype and layout. In C++ for the same reason.
+bool same_places(const py::tuple& noted, bool all) {
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  static PyObject* const dtype = PyUnicode_InternFromString("dtype");
+  static PyObject* const contiguous = PyUnicode_InternFromString("is_contiguous");
+  for (const py::handle entry : noted) {
+    PyObject* tensor = PyTuple_GET_ITEM(entry.ptr(), 0);
+    if (!call_method(tensor, data_ptr).equal(py::handle(PyTuple_GET_ITEM(entry.ptr(), 1))))
+      return false;
+    if (!all) continue;
+    PyObject* found = PyObject_GetAttr(tensor, dtype);
+    if (found == nullptr) throw py::error_already_set();
+    Py_DECREF(found);  // compared by identity: dtypes live for ever
+    if (found != PyTuple_GET_ITEM(entry.ptr(), 2)) return false;
+    if (!call_method(tensor, contiguous).is(py::handle(PyTuple_GET_ITEM(entry.ptr(), 3))))
+      return false;
   }
   return true;
 }
@@ -329,7 +397,6 @@ PYBIND11_MODULE(_C, m) {
       "arguments.";
   pthread_atfork(nullptr, nullptr, [] { ep::in_forked_child = true; });
   m.attr("MAX_SKINNY_ROWS") = ep::kMaxSkinnyRows;
-  m.attr("MAX_TILED_ROWS") = ep::kMaxTiledRows;
 #define A(name) py::arg(#name)
 #define EET_TAIL A(dtype), A(device), A(stream), A(num_threads)
   m.def("embedding", &ep::embedding, A(out), A(word_weight), A(position_weight),
@@ -338,8 +405,8 @@ PYBIND11_MODULE(_C, m) {
         A(position_count), A(token_type_count), A(word_scale), A(eps), EET_TAIL,
         py::arg("tokens") = 0);
   m.def("pack_tokens", &ep::pack_tokens, A(tokens), A(rows), A(cu_seqlens), A(short_cu_seqlens),
-        A(summary), A(scratch), A(mask), A(num_heads), A(q_len), A(batch), A(seq_len), A(capacity),
-        A(max_batch), EET_TAIL);
+        A(summary), A(ticket), A(scratch), A(mask), A(num_heads), A(q_len), A(batch), A(seq_len),
+        A(capacity), A(max_batch), EET_TAIL);
   m.def("gather_rows", &ep::gather_rows, A(out), A(input), A(index), A(rows), A(row_bytes),
         EET_TAIL);
   m.def("layernorm", &ep::layernorm, A(out), A(input), A(weight), A(bias), A(rows), A(hidden_size),
@@ -374,7 +441,9 @@ PYBIND11_MODULE(_C, m) {
         A(intermediate_size), A(dtype), A(device));
   ep::bind_decode(m);
   ep::bind_select(m);
+  m.def("await_summary", &ep::await_summary, A(summary), A(ticket), A(device), A(stream));
   m.def("same_contents", &ep::same_contents, A(noted));
+  m.def("same_places", &ep::same_places, A(noted), A(all));
   m.def("build_info", &ep::build_info);
 #undef EET_TAIL
 #undef A

@@ -102,9 +102,6 @@ struct LinearArgs {
   DType dtype;
 };
 constexpr int64_t kMaxSkinnyRows = 64;
-// CUDA takes up to this many where the type has 16 bits, the weights are (out, in), there is no LN,
-// and sizes and addresses allow 16-byte vectors.
-constexpr int64_t kMaxTiledRows = 512;
 
 // out = softmax(scale * query @ key^T + mask) @ value, per (batch, head).
 // Padded form: cu_seqlens null, every batch row has q_len queries and kv_len keys. Packed form:
@@ -332,15 +329,17 @@ constexpr int kImprovable = 1, kContinuable = 2, kOpen = 4, kBeamsGoOn = 7;
 // if its key is visible to any query. `summary` gets the number of real tokens, the length of the
 // longest row, and 1 if the mask says more than which tokens are padding, else 0: an entry that
 // neither shows nor hides its key, or a real query that sees other keys than its row's real ones.
-// What the rest says is of use only where that is 0.
+// What the rest says is of use only where that is 0. Behind them `ticket` is written last, seen by
+// the host only after them: `summary` may be pinned memory that the host looks at.
 struct PackTokensArgs {
   AttentionMask mask;         // over (batch, num_heads, q_len, seq_len) keys; kNone: all are real
   int32_t* tokens;            // (capacity,) place in the padded batch of each real token, then -1
   int32_t* rows;              // (batch * seq_len,) the inverse: -1 at padding
   int64_t* cu_seqlens;        // (max_batch + 1,) where each row's tokens start; the end behind them
   int32_t* short_cu_seqlens;  // the same, as torch's attention takes it
-  int64_t* summary;           // (3,)
-  int32_t* scratch;           // (2 * batch,)
+  int64_t* summary;           // (4,)
+  int64_t ticket;
+  int32_t* scratch;  // (2 * batch,)
   int64_t batch, seq_len;
   int64_t num_heads, q_len;     // 1 where the mask is broadcast, else q_len = seq_len
   int64_t capacity, max_batch;  // capacity >= batch * seq_len

@@ -138,7 +138,7 @@ class Watch:
 
     def parameters_stay(self) -> bool:
         """Whether all parameters lie where they lay: what a launch on noted addresses needs."""
-        return all(noted[0].data_ptr() == noted[1] for noted in self._parameters)
+        return extension().same_places(self._parameters, False)
 
     def holds(self, like: Tensor) -> bool:
         if _kind(like) != self._like:
@@ -146,12 +146,8 @@ class Watch:
         for cls, forward in self._classes:
             if cls.forward is not forward:
                 return False
-        for parameter, address, dtype, strides in self._parameters:
-            if parameter.data_ptr() != address or parameter.dtype is not dtype:
-                return False
-            if parameter.stride() != strides:
-                return False
-        return extension().same_contents(self._noted)
+        module = extension()
+        return module.same_places(self._parameters, True) and module.same_contents(self._noted)
 
 
 def _kind(like: Tensor) -> tuple[Any, ...]:
@@ -159,7 +155,7 @@ def _kind(like: Tensor) -> tuple[Any, ...]:
 
 
 def _storage(parameter: Tensor) -> tuple[Any, ...]:
-    return parameter.data_ptr(), parameter.dtype, parameter.stride()
+    return parameter.data_ptr(), parameter.dtype, parameter.is_contiguous()
 
 
 _watches: dict[int, Watch] = {}

@@ -109,6 +109,7 @@ Status pack_tokens(const PackTokensArgs& args, const Context& context) {
   args.summary[0] = total;
   args.summary[1] = longest;
   args.summary[2] = more;
+  args.summary[3] = args.ticket;
   return Status{};
 }
 

@@ -11,21 +11,9 @@ namespace {
 constexpr int64_t kMaxGridYZ = 65535;
 constexpr int64_t kMaxHeadDim = 256;
 
-// Two tiles a warp keep too much in registers beyond this head size, and leave half a block idle
-// where there are fewer queries than this.
-constexpr int kTwoTilesHeadDim = 64;
-constexpr int kTwoTilesQueries = 128;
-
 template <typename T, int kHeadDim>
-cudaError_t launch_mma(const AttentionParams<T>& p, LaunchConfig config) {
-  if constexpr (kHeadDim <= kTwoTilesHeadDim) {
-    if (p.q_len >= kTwoTilesQueries) {
-      config.grid.x = static_cast<unsigned>(ceil_div(p.q_len, kAttentionQueries<2>));
-      return launch(config, attention_mma_kernel<T, kHeadDim, 2>, p);
-    }
-  }
-  config.grid.x = static_cast<unsigned>(ceil_div(p.q_len, kAttentionQueries<1>));
-  return launch(config, attention_mma_kernel<T, kHeadDim, 1>, p);
+cudaError_t launch_mma(const AttentionParams<T>& p, const LaunchConfig& config) {
+  return launch(config, attention_mma_kernel<T, kHeadDim>, p);
 }
 
 template <int kHeadDim>
@@ -43,10 +31,11 @@ cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream, boo
   if (args.batch > kMaxGridYZ || args.num_heads > kMaxGridYZ || args.head_dim > kMaxHeadDim)
     return cudaErrorInvalidValue;
   const AttentionParams<T> p = attention_params<T>(args);
+  constexpr int kQueries = sizeof(T) == 4 ? kFmaQueries : kAttentionQueries;
   LaunchConfig config;
   config.stream = stream;
   config.chained = chained;
-  config.grid = dim3(static_cast<unsigned>(ceil_div(args.q_len, kFmaQueries)),
+  config.grid = dim3(static_cast<unsigned>(ceil_div(args.q_len, kQueries)),
                      static_cast<unsigned>(args.num_heads), static_cast<unsigned>(args.batch));
   if constexpr (sizeof(T) == 4) {
     config.block = dim3(kFmaThreads);

@@ -173,7 +173,7 @@ int64_t attention_block_workspace_bytes(const AttentionBlockArgs& args) {
 
 Status attention_block(const AttentionBlockArgs& args, const Context& context) {
   constexpr int64_t kMaxHeadDim = 256;
-  if (args.total_tokens > kMaxTiledRows || args.head_dim > kMaxHeadDim)
+  if (args.total_tokens > kMaxSkinnyRows || args.head_dim > kMaxHeadDim)
     return Status{Status::kUnsupported};
   if (args.total_tokens == 0) return Status{};
   return to_status(dispatch_dtype(args.dtype, [&](auto element) {

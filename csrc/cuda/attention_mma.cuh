@@ -8,10 +8,7 @@
 namespace eet_patch::cuda {
 
 constexpr int kAttentionWarps = 4;
-// Queries of a block whose warps own kTiles times 16 of them: with two, each fragment of the keys
-// and values serves two products.
-template <int kTiles>
-constexpr int kAttentionQueries = 16 * kTiles * kAttentionWarps;
+constexpr int kAttentionQueries = 16 * kAttentionWarps;
 
 // Rows of [first, first + kRows) of a (token, head_dim) view to shared memory; rows from `limit` on
 // and columns from head_dim on become zeros. Ends with a commit.
@@ -52,11 +49,11 @@ __device__ __forceinline__ uint32_t rounding_rest(uint32_t rounded, float first,
   return pack2<T>(first - kept.x, second - kept.y);
 }
 
-// A block owns 64 * kTiles queries of one head, a warp 16 * kTiles of them; keys go by in blocks of
-// kKeys, K and V each through its own buffer, the next K under way during the second product and V
-// during the first. head_dim <= kHeadDim, zero-padded. Reads queries once, keys and values once per
-// block; writes every output row, zeros where no key is visible.
-template <typename T, int kHeadDim, int kTiles>
+// A block owns 64 queries of one head, a warp 16 of them; keys go by in blocks of kKeys, K and V
+// each through its own buffer, the next K under way during the second product and V during the
+// first. head_dim <= kHeadDim, zero-padded. Reads queries once, keys and values once per 64
+// queries; writes every output row, zeros where no key is visible.
+template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kAttentionWarps* kWarpSize)
     attention_mma_kernel(const AttentionParams<T> p) {
   constexpr int kKeys = kHeadDim > 128 ? 32 : 64;
@@ -64,29 +61,26 @@ __global__ void __launch_bounds__(kAttentionWarps* kWarpSize)
       kHeadDim + 8;  // an odd number of 16-byte units: ldmatrix meets no bank twice
   constexpr int kSteps = kHeadDim / 16, kKeyGroups = kKeys / 8, kOutGroups = kHeadDim / 8;
   // The queries pass through the value buffer while the first keys come, or through both buffers.
-  constexpr int kQueries = kAttentionQueries<kTiles>;
-  constexpr bool kKeysEarly = kKeys >= kQueries;
-  static_assert(2 * kKeys >= kQueries, "the queries must fit the key and value buffers");
+  constexpr bool kKeysEarly = kKeys >= kAttentionQueries;
+  static_assert(2 * kKeys >= kAttentionQueries, "the queries must fit the key and value buffers");
   __shared__ __align__(16) T shared[2 * kKeys * kStride];
   T *keys = shared, *values = shared + kKeys * kStride;
 
   release_dependents();
   wait_for_predecessor();
   const int first_query =
-      (gridDim.x - 1 - blockIdx.x) * kQueries;  // the longest causal rows start first
-  const AttentionSequence<T> sequence(p, blockIdx.z, blockIdx.y, first_query, kQueries);
+      (gridDim.x - 1 - blockIdx.x) * kAttentionQueries;  // the longest causal rows start first
+  const AttentionSequence<T> sequence(p, blockIdx.z, blockIdx.y, first_query, kAttentionQueries);
   if (first_query >= sequence.q_len) return;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4,
             q = lane % 4;
-  // A warp without queries copies, and waits for the others.
-  const bool active = first_query + warp * 16 * kTiles < sequence.q_len;
-  // This lane's rows of tile t: query + 16 t and query + 16 t + 8.
-  const int query = first_query + warp * 16 * kTiles + g;
+  const int query = first_query + warp * 16 + g;  // this lane's rows: query and query + 8
 
   int first_key = sequence.kv_begin / kKeys * kKeys;
   T* queries = kKeysEarly ? values : shared;
-  copy_rows<T, kQueries, kHeadDim, kStride>(queries, sequence.query, p.query_strides.token,
-                                            first_query, sequence.q_len, p.head_dim, p.vectors);
+  copy_rows<T, kAttentionQueries, kHeadDim, kStride>(queries, sequence.query, p.query_strides.token,
+                                                     first_query, sequence.q_len, p.head_dim,
+                                                     p.vectors);
   auto copy_first_keys = [&] {
     copy_rows<T, kKeys, kHeadDim, kStride>(keys, sequence.key, p.key_strides.token, first_key,
                                            sequence.kv_len, p.head_dim, p.vectors);
@@ -94,24 +88,19 @@ __global__ void __launch_bounds__(kAttentionWarps* kWarpSize)
   if (kKeysEarly) copy_first_keys();
   copy_async_wait<kKeysEarly ? 1 : 0>();
   __syncthreads();
-  uint32_t query_fragments[kTiles][kSteps][4];
+  uint32_t query_fragments[kSteps][4];
 #pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int row = (warp * kTiles + t) * 16 + lane % 16;
-      ldmatrix_x4(query_fragments[t][step], queries + row * kStride + step * 16 + lane / 16 * 8);
-    }
+  for (int step = 0; step < kSteps; ++step) {
+    ldmatrix_x4(query_fragments[step],
+                queries + (warp * 16 + lane % 16) * kStride + step * 16 + lane / 16 * 8);
   }
   if (!kKeysEarly) {
     __syncthreads();
     copy_first_keys();
   }
 
-  float out[kTiles][kOutGroups][4] = {};
-  float maximum[kTiles][2], total[kTiles][2] = {};
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) maximum[t][0] = maximum[t][1] = -INFINITY;
+  float out[kOutGroups][4] = {};
+  float maximum[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
   for (; first_key < sequence.kv_end; first_key += kKeys) {
     copy_async_wait<0>();
     __syncthreads();  // the keys are here, and the queries or the last block's values are no longer
@@ -119,68 +108,60 @@ __global__ void __launch_bounds__(kAttentionWarps* kWarpSize)
     copy_rows<T, kKeys, kHeadDim, kStride>(values, sequence.value, p.value_strides.token, first_key,
                                            sequence.kv_len, p.head_dim, p.vectors);
 
-    float scores[kTiles][kKeyGroups][4] = {};
+    float scores[kKeyGroups][4] = {};
 #pragma unroll
-    for (int step = 0; step < kSteps && active; ++step) {
+    for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
       for (int pair = 0; pair < kKeyGroups / 2; ++pair) {
         uint32_t b[4];
         ldmatrix_x4(b, keys + (pair * 16 + lane / 16 * 8 + lane % 8) * kStride + step * 16 +
                            lane / 8 % 2 * 8);
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          const uint32_t* a = query_fragments[t][step];
-          mma_m16n8k16<T>(scores[t][2 * pair], a[0], a[1], a[2], a[3], b[0], b[1]);
-          mma_m16n8k16<T>(scores[t][2 * pair + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
-        }
+        const uint32_t* a = query_fragments[step];
+        mma_m16n8k16<T>(scores[2 * pair], a[0], a[1], a[2], a[3], b[0], b[1]);
+        mma_m16n8k16<T>(scores[2 * pair + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
       }
     }
 
     float multiplier = p.scale;  // what takes a score to units of log2
-    if (active && (p.scale <= 0.0f || sequence.needs_mask(p, first_query, first_key, kKeys))) {
+    if (p.scale <= 0.0f || sequence.needs_mask(p, first_query, first_key, kKeys)) {
       multiplier = 1.0f;
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
+      for (int group = 0; group < kKeyGroups; ++group) {
 #pragma unroll
-        for (int group = 0; group < kKeyGroups; ++group) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            scores[t][group][i] =
-                sequence.masked(p, scores[t][group][i], query + t * 16 + i / 2 * 8,
-                                first_key + group * 8 + 2 * q + i % 2);
-          }
+        for (int i = 0; i < 4; ++i) {
+          scores[group][i] = sequence.masked(p, scores[group][i], query + i / 2 * 8,
+                                             first_key + group * 8 + 2 * q + i % 2);
         }
       }
     }
 
 #pragma unroll
-    for (int row = 0; row < 2 * kTiles && active; ++row) {
-      const int t = row / 2, half = row % 2;
+    for (int half = 0; half < 2; ++half) {
       float highest = -INFINITY;
 #pragma unroll
       for (int group = 0; group < kKeyGroups; ++group) {
-        highest = fmaxf(highest, fmaxf(scores[t][group][2 * half], scores[t][group][2 * half + 1]));
+        highest = fmaxf(highest, fmaxf(scores[group][2 * half], scores[group][2 * half + 1]));
       }
-      highest = fmaxf(maximum[t][half], warp_max<4>(highest) * multiplier);
+      highest = fmaxf(maximum[half], warp_max<4>(highest) * multiplier);
       const float shift =
           highest == -INFINITY ? 0.0f : highest;  // no visible key yet: exp2(-inf - 0) = 0, not NaN
-      const float correction = exp2_fast(maximum[t][half] - shift);
-      maximum[t][half] = highest;
+      const float correction = exp2_fast(maximum[half] - shift);
+      maximum[half] = highest;
       float sum = 0.0f;
 #pragma unroll
       for (int group = 0; group < kKeyGroups; ++group) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          scores[t][group][i] = exp2_fast(fmaf(scores[t][group][i], multiplier, -shift));
-          sum += scores[t][group][i];
+          scores[group][i] = exp2_fast(fmaf(scores[group][i], multiplier, -shift));
+          sum += scores[group][i];
         }
       }
-      total[t][half] =
-          total[t][half] * correction + sum;  // of this lane's columns; lanes meet at the end
+      total[half] =
+          total[half] * correction + sum;  // of this lane's columns; lanes meet at the end
 #pragma unroll
       for (int group = 0; group < kOutGroups; ++group) {
-        out[t][group][2 * half] *= correction;
-        out[t][group][2 * half + 1] *= correction;
+        out[group][2 * half] *= correction;
+        out[group][2 * half + 1] *= correction;
       }
     }
 
@@ -192,51 +173,47 @@ __global__ void __launch_bounds__(kAttentionWarps* kWarpSize)
                                              p.vectors);
     }
 #pragma unroll
-    for (int step = 0; step < kKeys / 16 && active; ++step) {
-      uint32_t a[kTiles][4], rest[kTiles][4] = {};
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float* pair = scores[t][2 * step + i / 2] + i % 2 * 2;
-          a[t][i] = pack2<T>(pair[0], pair[1]);
-          // What rounding took from the probabilities is multiplied too where PyTorch has only its
-          // fp32 path to compare with.
-          if (!p.vectors) rest[t][i] = rounding_rest<T>(a[t][i], pair[0], pair[1]);
-        }
+    for (int step = 0; step < kKeys / 16; ++step) {
+      const uint32_t a0 = pack2<T>(scores[2 * step][0], scores[2 * step][1]);
+      const uint32_t a1 = pack2<T>(scores[2 * step][2], scores[2 * step][3]);
+      const uint32_t a2 = pack2<T>(scores[2 * step + 1][0], scores[2 * step + 1][1]);
+      const uint32_t a3 = pack2<T>(scores[2 * step + 1][2], scores[2 * step + 1][3]);
+      // What rounding took from the probabilities is multiplied too where PyTorch has only its fp32
+      // path to compare with.
+      uint32_t rest[4] = {};
+      if (!p.vectors) {
+        rest[0] = rounding_rest<T>(a0, scores[2 * step][0], scores[2 * step][1]);
+        rest[1] = rounding_rest<T>(a1, scores[2 * step][2], scores[2 * step][3]);
+        rest[2] = rounding_rest<T>(a2, scores[2 * step + 1][0], scores[2 * step + 1][1]);
+        rest[3] = rounding_rest<T>(a3, scores[2 * step + 1][2], scores[2 * step + 1][3]);
       }
 #pragma unroll
       for (int pair = 0; pair < kOutGroups / 2; ++pair) {
         uint32_t b[4];
         ldmatrix_x4_trans(b,
                           values + (step * 16 + lane % 16) * kStride + pair * 16 + lane / 16 * 8);
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          float (&low)[4] = out[t][2 * pair], (&high)[4] = out[t][2 * pair + 1];
-          mma_m16n8k16<T>(low, a[t][0], a[t][1], a[t][2], a[t][3], b[0], b[1]);
-          mma_m16n8k16<T>(high, a[t][0], a[t][1], a[t][2], a[t][3], b[2], b[3]);
-          if (!p.vectors) {
-            mma_m16n8k16<T>(low, rest[t][0], rest[t][1], rest[t][2], rest[t][3], b[0], b[1]);
-            mma_m16n8k16<T>(high, rest[t][0], rest[t][1], rest[t][2], rest[t][3], b[2], b[3]);
-          }
+        mma_m16n8k16<T>(out[2 * pair], a0, a1, a2, a3, b[0], b[1]);
+        mma_m16n8k16<T>(out[2 * pair + 1], a0, a1, a2, a3, b[2], b[3]);
+        if (!p.vectors) {
+          mma_m16n8k16<T>(out[2 * pair], rest[0], rest[1], rest[2], rest[3], b[0], b[1]);
+          mma_m16n8k16<T>(out[2 * pair + 1], rest[0], rest[1], rest[2], rest[3], b[2], b[3]);
         }
       }
     }
   }
 
 #pragma unroll
-  for (int part = 0; part < 2 * kTiles; ++part) {
-    const int t = part / 2, half = part % 2;
-    const float sum = warp_sum<4>(total[t][half]);
+  for (int half = 0; half < 2; ++half) {
+    const float sum = warp_sum<4>(total[half]);
     const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-    const int row = query + t * 16 + half * 8;
+    const int row = query + half * 8;
     if (row >= sequence.q_len) continue;
     T* target = sequence.out + row * p.out_strides.token;
 #pragma unroll
     for (int group = 0; group < kOutGroups; ++group) {
       const int column = group * 8 + 2 * q;
-      const float first = out[t][group][2 * half] * inverse,
-                  second = out[t][group][2 * half + 1] * inverse;
+      const float first = out[group][2 * half] * inverse,
+                  second = out[group][2 * half + 1] * inverse;
       if (p.vectors) {
         if (column < p.head_dim)
           *reinterpret_cast<uint32_t*>(target + column) = pack2<T>(first, second);

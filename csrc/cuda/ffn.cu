@@ -66,7 +66,7 @@ int64_t ffn_workspace_bytes(const FfnArgs& args) {
 }
 
 Status ffn(const FfnArgs& args, const Context& context) {
-  if (args.rows > kMaxTiledRows) return Status{Status::kUnsupported};
+  if (args.rows > kMaxSkinnyRows) return Status{Status::kUnsupported};
   if (args.rows == 0) return Status{};
   return to_status(dispatch_dtype(args.dtype, [&](auto element) {
     return launch_ffn<decltype(element)>(args, stream_of(context));

@@ -30,11 +30,6 @@ int64_t norm_tiles(int64_t features);
 template <typename T>
 cudaError_t launch_linear(const LinearArgs& args, cudaStream_t stream, const LinearChain& chain);
 
-// More rows than that: weights (out, in), no norm. launch_linear comes here by itself.
-template <typename T>
-cudaError_t launch_linear_tile(const LinearArgs& args, cudaStream_t stream, bool chained);
-bool takes_linear_tile(const LinearArgs& args);
-
 template <typename T>
 cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream, bool chained);
 

@@ -239,10 +239,6 @@ int64_t norm_tiles(int64_t features) { return ceil_div(features, kNormTile); }
 template <typename T>
 cudaError_t launch_linear(const LinearArgs& args, cudaStream_t stream, const LinearChain& chain) {
   if (args.rows == 0 || args.out_features == 0 || args.num_weights == 0) return cudaSuccess;
-  if (args.rows > kMaxSkinnyRows) {
-    return takes_linear_tile(args) ? launch_linear_tile<T>(args, stream, chain.chained)
-                                   : cudaErrorInvalidValue;
-  }
   LinearParams<T> p = {};
   p.out = static_cast<T*>(args.out);
   p.input = static_cast<const T*>(args.input);
@@ -308,7 +304,7 @@ template cudaError_t launch_linear<__nv_bfloat16>(const LinearArgs&, cudaStream_
                                                   const LinearChain&);
 
 Status linear(const LinearArgs& args, const Context& context) {
-  if (args.rows > kMaxSkinnyRows && !takes_linear_tile(args)) return Status{Status::kUnsupported};
+  if (args.rows > kMaxSkinnyRows) return Status{Status::kUnsupported};
   return to_status(dispatch_dtype(args.dtype, [&](auto element) {
     return launch_linear<decltype(element)>(args, stream_of(context), LinearChain());
   }));

@@ -138,6 +138,8 @@ __global__ void __launch_bounds__(kPlaceThreads) place_tokens_kernel(const PackT
     p.summary[0] = total;
     p.summary[1] = shared[0];
     p.summary[2] = any;
+    __threadfence_system();
+    *static_cast<volatile int64_t*>(p.summary + 3) = p.ticket;
   }
 }
 

@@ -25,6 +25,8 @@ MORE_THAN_PADDING = "the attention mask says more than which tokens are padding"
 CAPTURED = "the call is being captured into somebody's CUDA graph"
 # Fewer tokens than this are not worth waiting for the device to say how many of them are real.
 FEW_TOKENS = 256
+# From this length on attention over sequences of one length has a kernel of its own.
+MIN_ALIKE_LEN = 128
 
 
 class EncoderLayer(NamedTuple):
@@ -68,11 +70,14 @@ class Batch(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What the launches over packed tokens depend on: all of it rounded up on CUDA."""
+    """What the launches over packed tokens depend on: all of it rounded up on CUDA. `num_alike`:
+    how many sequences there are, if all are of one length and nothing was rounded, else 0.
+    """
 
     rows: int
     batch_size: int
     longest: int
+    num_alike: int = 0
 
 
 # Told, after each layer, what goes into it and comes out of it, both as padded batches.
@@ -129,6 +134,7 @@ def run_layer(
         cu_seqlens=starts.cu_seqlens[: shape.batch_size + 1],
         max_seqlen=shape.longest,
         short_cu_seqlens=starts.short_cu_seqlens[: shape.batch_size + 1],
+        num_alike=shape.num_alike,
     )
     return blocks.ffn(
         attended,
@@ -230,63 +236,79 @@ def _encode_on_cuda(
     keep_padding: bool,
     visit: Visit | None,
 ) -> Tensor | str:
-    padded_rows = batch.batch_size * batch.seq_len
-    capacity = rounded_rows(padded_rows)
     max_batch = _power_of_two(batch.batch_size, 1)
-    unmasked = batch.mask is NO_MASK
     step = pool.borrow(owner, layers, batch.like, batch.hidden_size, max_batch)
     try:
-        found = packing.launch_pack_tokens(
-            batch.mask,
-            batch.batch_size,
-            layers[0].num_heads,
-            batch.seq_len,
-            capacity,
-            max_batch,
-            batch.like,
-            None if step is None else step.starts,
-        )
-        starts = packing.Starts(found.cu_seqlens, found.short_cu_seqlens)
-        rows, longest = padded_rows, batch.seq_len
-        answer = None if unmasked else pool.Answer(found.summary)
-        several = batch.batch_size > 1 and padded_rows > FEW_TOKENS
-        if answer is not None and (several or keep_padding or visit is not None):
-            rows, longest, more = answer.wait()
-            answer = None
-            if more:
-                return MORE_THAN_PADDING
-            if keep_padding and rows < padded_rows:
-                return PADDING_KEPT
-        if rows == 0:
-            empty = batch.like.new_empty(0, batch.hidden_size)
-            if visit is None:
-                return _laid_out(empty, found.rows, batch)
-            shape = Shape(0, 0, 0)
-            return _visited(
-                empty, layers, starts, shape, visit, lambda p: _laid_out(p, found.rows, batch)
-            )
-        shape = Shape(rounded_rows(rows), max_batch, _power_of_two(longest, 64))
-        if visit is None and step is not None:
-            packed = step.run(shape, lambda out: batch.embed(found.tokens, out), layers)
-            out = _laid_out(packed, found.rows, batch)
-        else:
-            hidden_states = batch.like.new_empty(shape.rows, batch.hidden_size)
-            batch.embed(found.tokens, hidden_states)
-            if visit is not None:
-                return _visited(
-                    hidden_states,
-                    layers,
-                    starts,
-                    shape,
-                    visit,
-                    lambda packed: _laid_out(packed, found.rows, batch),
-                )
-            packed = run_layers(hidden_states, layers, starts, shape)
-            out = _laid_out(packed, found.rows, batch)
-        # The device has answered long before it is done with the layers.
-        if answer is not None and answer.wait()[2]:
-            return MORE_THAN_PADDING
-        return out
+        return _encode_by(step, max_batch, layers, batch, keep_padding, visit)
     finally:
         if step is not None:
             pool.give_back(step)
+
+
+def _encode_by(
+    step: pool.Step | None,
+    max_batch: int,
+    layers: tuple[EncoderLayer, ...],
+    batch: Batch,
+    keep_padding: bool,
+    visit: Visit | None,
+) -> Tensor | str:
+    padded_rows = batch.batch_size * batch.seq_len
+    capacity = rounded_rows(padded_rows)
+    answer = (pool.Answer() if step is None else step.answer).next()
+    found = packing.launch_pack_tokens(
+        batch.mask,
+        batch.batch_size,
+        layers[0].num_heads,
+        batch.seq_len,
+        capacity,
+        max_batch,
+        batch.like,
+        None if step is None else step.starts,
+        answer.summary,
+        answer.ticket,
+    )
+    starts = packing.Starts(found.cu_seqlens, found.short_cu_seqlens)
+    # Launched before the device has said how many of the rows are real: the others become zeros.
+    hidden_states = None if step is None or visit is not None else step.buffer(capacity)
+    if hidden_states is not None:
+        batch.embed(found.tokens, hidden_states)
+
+    rows, longest, more = padded_rows, batch.seq_len, 0
+    several = batch.batch_size > 1 and padded_rows > FEW_TOKENS
+    known = batch.mask is NO_MASK
+    if not known and (several or keep_padding or visit is not None):
+        rows, longest, more = answer.wait(batch.like)
+        known = True
+        if more:
+            return MORE_THAN_PADDING
+        if keep_padding and rows < padded_rows:
+            return PADDING_KEPT
+
+    def laid_out(packed: Tensor) -> Tensor:
+        return _laid_out(packed, found.rows, batch)
+
+    shape = Shape(rounded_rows(rows), max_batch, _power_of_two(longest, 64))
+    if rows == padded_rows == capacity and known and batch.seq_len >= MIN_ALIKE_LEN:
+        shape = shape._replace(num_alike=batch.batch_size)
+    if hidden_states is None and step is not None and visit is None and rows:
+        hidden_states = step.buffer(shape.rows)
+        if hidden_states is not None:
+            batch.embed(found.tokens, hidden_states)
+    if hidden_states is not None and rows:
+        assert step is not None
+        buffer = hidden_states
+        packed = step.run(shape, layers, lambda: batch.embed(found.tokens, buffer))
+    else:
+        packed = batch.like.new_empty(shape.rows, batch.hidden_size)
+        if rows:
+            batch.embed(found.tokens, packed)
+        if visit is not None:
+            return _visited(packed, layers, starts, shape, visit, laid_out)
+        if rows:
+            packed = run_layers(packed, layers, starts, shape)
+    out = laid_out(packed)
+    # The device has answered long before it is done with the layers.
+    if not known and answer.wait(batch.like)[2]:
+        return MORE_THAN_PADDING
+    return out

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eet_patch import patching, reporting
 from eet_patch.generation.step import plain_tensors
+from eet_patch.ops._extension import extension
 from eet_patch.ops.packing import Starts
 
 if TYPE_CHECKING:
@@ -39,17 +40,22 @@ _steps: weakref.WeakKeyDictionary[Any, list[Step]] = weakref.WeakKeyDictionary()
 
 
 class Answer:
-    """A few numbers on their way from the device to the host."""
+    """Where the device says what it found in a mask: pinned memory, one call after the other."""
 
-    def __init__(self, numbers: Tensor) -> None:
-        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-        self._host.copy_(numbers, non_blocking=True)
-        self._arrived = torch.cuda.Event()
-        self._arrived.record(torch.cuda.current_stream(numbers.device))
+    def __init__(self) -> None:
+        with plain_tensors():
+            self.summary = torch.zeros(4, dtype=torch.int64, pin_memory=True)
+        self.ticket = 0
 
-    def wait(self) -> list[int]:
-        self._arrived.synchronize()
-        return self._host.tolist()
+    def next(self) -> Answer:
+        self.ticket += 1
+        return self
+
+    def wait(self, like: Tensor) -> tuple[int, int, int]:
+        """The number of real tokens, the length of the longest row, whether the mask says more."""
+        index = like.device.index
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        return extension().await_summary(self.summary.data_ptr(), self.ticket, index, stream)
 
 
 class Graph:
@@ -106,6 +112,7 @@ class Step:
         self._hidden_states: Tensor | None = None
         self._pool: Any = None
         self._pool_bytes = 0
+        self.answer = Answer()
         with plain_tensors():
             self.starts = Starts.empty(LEAST_BATCH, like.device)
 
@@ -134,15 +141,19 @@ class Step:
     def num_graphs(self) -> int:
         return sum(graph is not None for graph in self._graphs.values())
 
-    def _buffer(self, rows: int) -> Tensor | None:
-        """(rows, hidden_size), at the same address for as long as graphs hold it."""
+    def buffer(self, rows: int) -> Tensor | None:
+        """(rows, hidden_size) for the first layer's input, at the same address for as long as
+        graphs hold it; None where there are no graphs.
+        """
+        if not self._graphs_work:
+            return None
         if self._hidden_states is not None and self._hidden_states.shape[0] >= rows:
             return self._hidden_states[:rows]
+        row_bytes = self._hidden_size * self._like.itemsize * (1 + ROWS_ALIVE)
         capacity = max(LEAST_ROWS, 1 << (rows - 1).bit_length())
-        row_bytes = self._hidden_size * self._like.itemsize
-        if capacity * row_bytes * (1 + ROWS_ALIVE) > MAX_BYTES:
+        if capacity * row_bytes > MAX_BYTES:
             capacity = rows
-        if capacity * row_bytes * (1 + ROWS_ALIVE) > MAX_BYTES:
+        if capacity * row_bytes > MAX_BYTES:
             return None
         self.clear()  # before the larger ones are there
         with plain_tensors():
@@ -150,43 +161,36 @@ class Step:
         return self._hidden_states[:rows]
 
     def run(
-        self,
-        shape: Shape,
-        embed: Callable[[Tensor], None],
-        layers: Sequence[EncoderLayer],
+        self, shape: Shape, layers: Sequence[EncoderLayer], again: Callable[[], None]
     ) -> Tensor:
-        """The packed rows after the last layer; they are overwritten by the step's next call."""
+        """The rows in the buffer after the last layer; the step's next call overwrites them.
+        `again` writes the first layer's input to the buffer once more.
+        """
         from eet_patch.encoding.packed import run_layers
 
-        buffer = self._buffer(shape.rows) if self._graphs_work else None
-        if buffer is None:
-            hidden_states = self._like.new_empty(shape.rows, self._hidden_size)
-            embed(hidden_states)
-            return run_layers(hidden_states, layers, self.starts, shape)
+        assert self._hidden_states is not None
+        buffer = self._hidden_states[: shape.rows]
         key = (shape, _settings())
         known = key in self._graphs
         graph = self._graphs.pop(key, None)
         if known and graph is None:
             graph = self._captured(buffer, layers, shape)
-        embed(buffer)
         if graph is None:
             # Once without a graph: a shape may never come again, and kernels are loaded at their
             # first launch, which a capture must not do.
-            self._note(key, None)
+            if self._graphs_work:
+                self._graphs[key] = None
             return run_layers(buffer, layers, self.starts, shape)
         try:
             graph.replay()
         except RuntimeError as error:
             self._give_up("launch", error)
-            embed(buffer)
+            again()
             return run_layers(buffer, layers, self.starts, shape)
-        self._note(key, graph)
-        return buffer
-
-    def _note(self, key: tuple[object, ...], graph: Graph | None) -> None:
         self._graphs[key] = graph
         while len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
+        return buffer
 
     def _captured(
         self, buffer: Tensor, layers: Sequence[EncoderLayer], shape: Shape

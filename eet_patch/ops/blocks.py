@@ -1,6 +1,6 @@
 """Unchecked blocks of a layer: self-attention, cross-attention, feed-forward, each with its norm,
-projections and residual. Few rows, on CUDA up to some hundred, go to one call of the extension;
-many go through torch's products, with the extension's kernels between them.
+projections and residual. Few rows go to one call of the extension; many go through torch's
+products, with the extension's kernels between them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from eet_patch.ops.launch import (
     bias_residual_layernorm,
     layernorm,
     linear,
-    takes_tiles,
     three_addresses,
     torch_linear,
     uses_our_products,
 )
+from eet_patch.ops.stacked import stacked_linear
 
 
 def attention_block(
@@ -49,12 +49,14 @@ def attention_block(
     max_seqlen: int = 0,
     mask_tensor: Tensor | None = None,
     short_cu_seqlens: Tensor | None = None,
+    num_alike: int = 0,
 ) -> Tensor:
     """Self-attention with its norm, projections and residual; hidden_states (batch, q_len,
     hidden_size) contiguous, or (total_tokens, hidden_size) when packed. `cache` is written in
     place; `update_kv` hands the new keys and values to somebody else's cache instead. `mask_tensor`
     is the bool or additive tensor behind `mask`, where torch's own attention may have it, and
-    `short_cu_seqlens` is `cu_seqlens` in the form that torch's takes.
+    `short_cu_seqlens` is `cu_seqlens` in the form that torch's takes, which `num_alike` tells how
+    many sequences of one length there are, if they are.
     """
     if cu_seqlens is None:
         batch, q_len, hidden_size = hidden_states.shape
@@ -66,12 +68,7 @@ def attention_block(
         return torch.empty_like(hidden_states)
     head_dim = hidden_size // num_heads
     past_len = cache.past_len if cache is not None else 0
-    if update_kv is None and (
-        uses_our_products(hidden_states, rows)
-        or takes_tiles(
-            rows, in_out, norm, hidden_states, *qkv_weights, *qkv_biases, out_weight, out_bias
-        )
-    ):
+    if update_kv is None and uses_our_products(hidden_states, rows):
         return _fused_attention_block(
             hidden_states,
             qkv_weights,
@@ -120,9 +117,10 @@ def attention_block(
         max_seqlen,
         mask_tensor,
         short_cu_seqlens,
+        num_alike,
     )
     out = project_out(
-        context.view(rows, hidden_size),
+        context.reshape(rows, hidden_size),
         out_weight,
         out_bias,
         in_out,
@@ -144,6 +142,9 @@ def project_qkv(
         flat = layernorm(flat, norm)
     if len(weights) == 1:
         return torch_linear(flat, weights[0], biases[0], in_out).chunk(parts, dim=1)
+    stacked = None if in_out else stacked_linear(flat, weights, biases)
+    if stacked is not None:
+        return stacked
     return tuple(torch_linear(flat, w, b, in_out) for w, b in zip(weights, biases, strict=True))
 
 
@@ -278,16 +279,14 @@ def ffn(
             inner += fc2_bias
         result = layernorm(inner, norm, out) if norm.placement == "post" else inner
         return result.view_as(hidden_states)
-    if not uses_our_products(hidden_states, rows) and not takes_tiles(
-        rows, in_out, norm, hidden_states, fc1_weight, fc1_bias, fc2_weight, fc2_bias
-    ):
+    if not uses_our_products(hidden_states, rows):
         flat = hidden_states.view(rows, hidden_size)
         normed = layernorm(flat, norm) if norm.placement == "pre" else flat
-        inner = torch_linear(normed, fc1_weight, fc1_bias, in_out)
+        inner = torch_linear(normed, fc1_weight, None, in_out)
         extension().bias_activation(
             inner.data_ptr(),
             inner.data_ptr(),
-            0,
+            address(fc1_bias),
             rows,
             inner.shape[1],
             ACTIVATION_CODES[activation],

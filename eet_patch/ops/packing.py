@@ -62,19 +62,25 @@ def launch_pack_tokens(
     max_batch: int,
     like: Tensor,
     starts: Starts | None = None,
+    summary: Tensor | None = None,
+    ticket: int = 0,
 ) -> Packing:
-    """`pack_tokens` without its checks, for a mask over (batch, num_heads, seq_len, seq_len)."""
+    """`pack_tokens` without its checks, for a mask over (batch, num_heads, seq_len, seq_len). A
+    `summary` (4,) in pinned memory gets the `ticket` last.
+    """
     device, padded = like.device, batch * seq_len
     cu_seqlens, short_cu_seqlens = starts or Starts.empty(max_batch, device)
     integers = torch.empty(capacity + padded + 2 * batch, dtype=torch.int32, device=device)
     tokens, rows, scratch = integers.split((capacity, padded, 2 * batch))
-    summary = torch.empty(3, dtype=torch.int64, device=device)
+    if summary is None:
+        summary = torch.empty(4, dtype=torch.int64, device=device)
     extension().pack_tokens(
         tokens.data_ptr(),
         rows.data_ptr(),
         cu_seqlens.data_ptr(),
         short_cu_seqlens.data_ptr(),
         summary.data_ptr(),
+        ticket,
         scratch.data_ptr(),
         mask,
         num_heads if mask[3] else 1,
@@ -85,7 +91,7 @@ def launch_pack_tokens(
         max_batch,
         *place(like),
     )
-    return Packing(tokens, rows, cu_seqlens, short_cu_seqlens, summary)
+    return Packing(tokens, rows, cu_seqlens, short_cu_seqlens, summary[:3])
 
 
 def pack_tokens(
