@@ -464,7 +464,7 @@ def _fell_back(patch: Patch, reason: str) -> None:
         patch.fallbacks[reason] = patch.fallbacks.get(reason, 0) + 1
     if patch.strict and patch.target.level == "layer":
         raise FallbackError(f"{patch.target.name} would run the original code: {reason}")
-    if reason == GRADIENTS_NEEDED:
+    if reason == GRADIENTS_NEEDED and not patch.strict:  # else a layer raises
         name = patch.target.attribute
         with _lock:
             first = "gradients" not in _warned

@@ -18,6 +18,7 @@ from eet_patch.adapters import (
     gpt2_lm_head,
     gpt_bigcode,
     gpt_neo,
+    named_encoder,
     opt,
     sample,
 )
@@ -68,6 +69,19 @@ TARGETS: tuple[PatchTarget, ...] = (
             level="step",
         )
         for folder, prefix in _BERT_FAMILY.items()
+    ),
+    *(
+        PatchTarget(
+            name=f"{folder}_encoder",
+            module=f"transformers.models.{folder}.modeling_{folder}",
+            attribute=f"{cls}.forward",
+            requires=TRANSFORMERS,
+            adapter=partial(encoder.adapter, kind),
+        )
+        for folder, cls, kind in (
+            ("distilbert", "Transformer", named_encoder.DISTILBERT_KIND),
+            ("albert", "AlbertTransformer", named_encoder.ALBERT_KIND),
+        )
     ),
     *(
         PatchTarget(

@@ -93,6 +93,30 @@ def tiny_bert(folder="bert", device="cpu", dtype=torch.float32, head=None, seed=
     return randomised(model, seed).to(device, dtype)
 
 
+# Encoders under attribute names of their own -> (prefix of the class of the model, settings).
+_ENCODER = {"vocab_size": 300, "pad_token_id": 0, "max_position_embeddings": 96}
+ENCODERS = {
+    "distilbert": (
+        "DistilBert",
+        _ENCODER | {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 72},
+    ),
+    "albert": (
+        "Albert",
+        _ENCODER
+        | {"embedding_size": 24, "hidden_size": 32, "num_hidden_layers": 4}
+        | {"num_attention_heads": 4, "intermediate_size": 72, "num_hidden_groups": 2}
+        | {"inner_group_num": 2},
+    ),
+}
+
+
+def tiny_encoder(kind, device="cpu", dtype=torch.float32, head="Model", seed=0, **changes):
+    prefix, settings = ENCODERS[kind]
+    settings = {"attn_implementation": "sdpa"} | settings | changes
+    config = getattr(transformers, f"{prefix}Config")(**settings)
+    return randomised(getattr(transformers, prefix + head)(config), seed).to(device, dtype)
+
+
 def gpt2_config(**changes):
     settings = {
         "vocab_size": 500,

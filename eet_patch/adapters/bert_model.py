@@ -70,8 +70,9 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         modules = model._modules
         embeddings, stack = modules["embeddings"], modules["encoder"]
         word_weight = embeddings._modules["word_embeddings"]._parameters["weight"]
-        reason = submodule_reason(stack, encoder_class, is_recording_hook)
-        reason = reason or _ids_reason(embeddings, arguments, word_weight)
+        reason = _ids_reason(embeddings, arguments, word_weight)
+        if reason is None and watch_of(stack, word_weight) is None:  # which watches its hooks too
+            reason = submodule_reason(stack, encoder_class, is_recording_hook)
         if reason is not None:
             return reason
         if watch_of(embeddings, word_weight) is None:
@@ -90,8 +91,8 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         return Plan(found, padding_mask_form(mask, sizes, word_weight))
 
     def forward(plan: Plan, model: Any, arguments: dict[str, Any]) -> Any:
-        modules, input_ids = model._modules, arguments["input_ids"]
-        embeddings = modules["embeddings"]
+        input_ids = arguments["input_ids"]
+        embeddings = model._modules["embeddings"]
         word_weight = _word_weight(model, arguments)
         if before_5 and arguments.get("attention_mask") is None:
             model.warn_if_padding_and_no_attention_mask(input_ids, None)
@@ -102,7 +103,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         watch = watch_of(embeddings, word_weight)
         if watch is None or not watch.holds(word_weight):
             raise Withdrawn(CHANGED)
-        pooler = modules["pooler"]
+        pooler = model.pooler  # no module where there is none
         pooled = pooler(hidden_states) if pooler is not None else None
         return make_output(last_hidden_state=hidden_states, pooler_output=pooled)
 

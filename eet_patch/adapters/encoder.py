@@ -6,6 +6,7 @@ An `EncoderKind` says where a family keeps its layers and what its encoder takes
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -57,11 +58,22 @@ class EncoderKind(NamedTuple):
         layer_class: name of the class of its layers, which stands in the encoder's module.
         layer_kind: (that class) -> what such a layer is.
         layers: (encoder) -> its layers, in the order in which they run.
+        reason: (encoder) -> why what else it holds can't be passed over, or None.
+        before: (encoder, its input) -> the first layer's input, where that is another.
+        width: (encoder) -> a parameter (out, in) whose `out` is the hidden size of that.
+        states_every: (encoder) -> after how many layers each its forward notes the hidden states,
+            before 5.0.
+        renamed: arguments of its forward that have other names in some version.
     """
 
     layer_class: str
     layer_kind: Callable[[type], LayerKind]
     layers: Callable[[Any], tuple[Any, ...]]
+    reason: Callable[[Any], str | None] = lambda encoder: None
+    before: Callable[[Any, Tensor], Tensor] | None = None
+    width: Callable[[Any], Any] | None = None
+    states_every: Callable[[Any], int] = lambda encoder: 1
+    renamed: dict[str, str] = {}
 
 
 class Encoder(NamedTuple):
@@ -76,6 +88,7 @@ class Encoder(NamedTuple):
 
 class Plan(NamedTuple):
     encoder: Encoder
+    like: Tensor  # of the hidden size, dtype and device of the layers
     mask: HostMask
 
 
@@ -86,7 +99,7 @@ class Encoders:
         module = sys.modules[cls.__module__]
         self.cls = cls
         self.layer = kind.layer_kind(getattr(module, kind.layer_class))
-        self._layers = kind.layers
+        self._layers, self._rest = kind.layers, kind.reason
 
     def checked(self, encoder: Any, like: Tensor) -> Encoder | str:
         """On CUDA what was noted of the modules is compared while the device works, by `confirm`:
@@ -110,6 +123,9 @@ class Encoders:
     def _reason(self, encoder: Any, modules: tuple[Any, ...], like: Tensor) -> str | None:
         if not modules:
             return "the encoder has no layers"
+        reason = self._rest(encoder)
+        if reason is not None:
+            return reason
         for layer in dict.fromkeys(modules):
             reason = submodule_reason(layer, self.layer.cls, is_recording_hook)
             reason = reason or self.layer.reason(layer, like)
@@ -150,8 +166,19 @@ def adapter(kind: EncoderKind, cls: type, original: Callable[..., Any]) -> Adapt
     before_5 = version_before("5.0")
     make_output = output_class(cls)
     known = KNOWN | ({"output_hidden_states"} if before_5 else set())
+    parameter = inspect.signature(original).parameters.get("return_dict")
+    dict_by_default = parameter.default if parameter is not None else True
+
+    def named(arguments: dict[str, Any]) -> dict[str, Any]:
+        if not kind.renamed:
+            return arguments
+        return {kind.renamed.get(name, name): value for name, value in arguments.items()}
+
+    def operand(encoder: Any, arguments: dict[str, Any]) -> Any:
+        return named(arguments).get("hidden_states")
 
     def plan(encoder: Any, arguments: dict[str, Any]) -> Plan | str:
+        arguments = named(arguments)
         if before_5 and not any(given is not None for given in arguments.get("head_mask") or ()):
             arguments = arguments | {"head_mask": None}  # an entry a layer, mostly nothing
         reason = other_arguments_reason(arguments, known) or attentions_reason(arguments)
@@ -160,41 +187,47 @@ def adapter(kind: EncoderKind, cls: type, original: Callable[..., Any]) -> Adapt
         hidden_states = arguments["hidden_states"]
         if hidden_states.dim() != 3 or not hidden_states.numel():
             return f"the input has shape {tuple(hidden_states.shape)}"
-        found = encoders.checked(encoder, hidden_states)
+        like = hidden_states if kind.width is None else kind.width(encoder).t()[:0]
+        found = encoders.checked(encoder, like)
         if isinstance(found, str):
             return found
         batch_size, seq_len, _ = hidden_states.shape
         sizes = (batch_size, found.layers[0].num_heads, seq_len, seq_len)
         mask = host_mask(arguments.get("attention_mask"), hidden_states, sizes)
-        return mask if isinstance(mask, str) else Plan(found, mask)
+        return mask if isinstance(mask, str) else Plan(found, like, mask)
 
     def forward(plan: Plan, encoder: Any, arguments: dict[str, Any]) -> Any:
+        arguments = named(arguments)
         hidden_states = arguments["hidden_states"]
+        if kind.before is not None:
+            hidden_states = kind.before(encoder, hidden_states)
         padded = hidden_states.view(-1, hidden_states.shape[2])
 
         def embed(tokens: Tensor, out: Tensor) -> None:
             launch_gather_rows(padded, tokens, out)
 
         sizes = hidden_states.shape
-        batch = Batch(sizes[0], sizes[1], sizes[2], hidden_states, plan.mask.form, embed, padded)
+        batch = Batch(sizes[0], sizes[1], sizes[2], plan.like, plan.mask.form, embed, padded)
         states: list[Tensor] = []
         visit = None
         if before_5 and arguments.get("output_hidden_states"):
             states.append(hidden_states)
+            every = kind.states_every(encoder)
 
             def visit(index: int, before: Tensor, after: Tensor) -> None:
-                states.append(after)
+                if (index + 1) % every == 0:
+                    states.append(after)
 
         elif not before_5 and "hidden_states" in (recorder() or ()):
             visit = partial(_record, plan.encoder.modules, hidden_states)
         out = run(plan.encoder, batch, visit)
-        if before_5 and not arguments.get("return_dict", True):
+        if before_5 and not arguments.get("return_dict", dict_by_default):
             return (out, tuple(states)) if states else (out,)
         if before_5:
             return make_output(last_hidden_state=out, hidden_states=tuple(states) or None)
         return make_output(last_hidden_state=out)
 
-    return Adapter(plan, forward)
+    return Adapter(plan, forward, operand)
 
 
 def _record(

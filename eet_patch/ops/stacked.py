@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 WORKSPACE_BYTES = 8 * 2**20
@@ -199,28 +200,56 @@ def _step(tensors: Sequence[Tensor]) -> int | None:
     return step // tensors[0].itemsize
 
 
-def stacked_linear(
-    flat: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]
-) -> tuple[Tensor, ...] | None:
-    """`flat @ weight.T + bias` for every weight, (rows, out_features) each, in one launch; None
-    where they don't lie so that one launch can read them. All weights (out, in) of one shape.
+def _order(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Any:
+    """The weights' places as they lie in memory, with the steps between them and between their
+    biases (None: no biases); None where the steps are not equal.
     """
-    if flat.dtype not in _CUDA_TYPES or flat.device.type != "cuda" or _library() is None:
-        return None
-    rows, in_features = flat.shape
-    out_features = weights[0].shape[0]
-    if in_features % 8 or out_features % 8 or flat.data_ptr() % 16:
-        return None
     order = sorted(range(len(weights)), key=lambda i: weights[i].data_ptr())
     weight_step, bias_step = _step([weights[i] for i in order]), None
     if weight_step is None:
         return None
-    placed = [biases[i] for i in order]
-    given = [bias for bias in placed if bias is not None]
+    given = [bias for bias in (biases[i] for i in order) if bias is not None]
     if given:
-        bias_step = _step(given) if len(given) == len(placed) else None
+        bias_step = _step(given) if len(given) == len(order) else None
         if bias_step is None:
             return None
+    return order, weight_step, bias_step
+
+
+def stacked_linear(
+    flat: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]
+) -> tuple[Tensor, ...] | None:
+    """`flat @ weight.T + bias` for every weight, (rows, out_features) each, in one launch, or in
+    two where only a pair of three lies so that one launch can read it; None where that can't be.
+    All weights (out, in) of one shape.
+    """
+    if flat.dtype not in _CUDA_TYPES or flat.device.type != "cuda" or _library() is None:
+        return None
+    if flat.shape[1] % 8 or weights[0].shape[0] % 8 or flat.data_ptr() % 16:
+        return None
+    placed = _order(weights, biases)
+    if placed is not None:
+        return _launch(flat, weights, biases, placed)
+    if len(weights) != 3:
+        return None
+    for alone in range(3):
+        pair = [i for i in range(3) if i != alone]
+        pair_weights = tuple(weights[i] for i in pair)
+        pair_biases = tuple(biases[i] for i in pair)
+        placed = _order(pair_weights, pair_biases)
+        products = placed and _launch(flat, pair_weights, pair_biases, placed)
+        if products:
+            single = F.linear(flat, weights[alone], biases[alone])
+            return tuple(single if i == alone else products[pair.index(i)] for i in range(3))
+    return None
+
+
+def _launch(
+    flat: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], placed: Any
+) -> tuple[Tensor, ...] | None:
+    order, weight_step, bias_step = placed
+    rows, in_features = flat.shape
+    out_features = weights[0].shape[0]
     shape = (len(weights), rows, out_features, in_features, weight_step, bias_step)
     device = flat.device.index
     key = (device, flat.dtype, *shape)
@@ -235,7 +264,7 @@ def stacked_linear(
             plan = _plans[key]
             if plan is None:
                 return None
-            plan.run(out, flat, weights[order[0]], placed[0])
+            plan.run(out, flat, weights[order[0]], biases[order[0]])
         except _Unsupported:
             _plans[key] = None
             return None
