@@ -203,6 +203,11 @@ def note_sound(layer: nn.Module, like: Tensor, notes: Any = None) -> None:
     _watches[number] = Watch(layer, like, forget, notes)
 
 
+def forget(layer: nn.Module) -> None:
+    """Takes back what `note_sound` noted of a layer."""
+    _watches.pop(id(layer), None)
+
+
 def forget_all() -> None:
     _watches.clear()
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from eet_patch.adapters import bert_encoder, encoder
-from eet_patch.adapters.encoder import CHANGED, Encoder, Encoders
+from eet_patch.adapters import bert_encoder
+from eet_patch.adapters.encoder import Encoder, Encoders
 from eet_patch.adapters.host import (
     dropout_reason,
     is_recording_hook,
@@ -23,12 +23,18 @@ from eet_patch.adapters.host import (
     version_before,
 )
 from eet_patch.encoding.packed import Batch
-from eet_patch.gates import note_sound, parameter_reason, submodule_reason, watch_of
+from eet_patch.gates import (
+    note_sound,
+    parameter_reason,
+    still_sound,
+    submodule_reason,
+    watch_of,
+)
 from eet_patch.ops._extension import NO_MASK
 from eet_patch.ops.elementwise import launch_embedding
 from eet_patch.ops.launch import Mask
 from eet_patch.ops.packing import padding_mask_form
-from eet_patch.patching import Adapter, Withdrawn
+from eet_patch.patching import Adapter
 
 KNOWN = frozenset(
     {"input_ids", "attention_mask", "token_type_ids", "position_ids", "return_dict"}
@@ -75,7 +81,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
             reason = submodule_reason(stack, encoder_class, is_recording_hook)
         if reason is not None:
             return reason
-        if watch_of(embeddings, word_weight) is None:
+        if not still_sound(embeddings, word_weight):
             reason = _embeddings_reason(embeddings, embeddings_class, word_weight)
             if reason is not None:
                 return reason
@@ -99,10 +105,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         batch_size, seq_len = input_ids.shape
         embed = partial(_embed, embeddings, arguments, positions_of)
         batch = Batch(batch_size, seq_len, word_weight.shape[1], word_weight, plan.mask, embed)
-        hidden_states = encoder.run(plan.encoder, batch)
-        watch = watch_of(embeddings, word_weight)
-        if watch is None or not watch.holds(word_weight):
-            raise Withdrawn(CHANGED)
+        hidden_states = encoders.run(plan.encoder, batch)
         pooler = model.pooler  # no module where there is none
         pooled = pooler(hidden_states) if pooler is not None else None
         return make_output(last_hidden_state=hidden_states, pooler_output=pooled)

@@ -25,7 +25,7 @@ from eet_patch.adapters.host import (
     version_before,
 )
 from eet_patch.encoding.packed import Batch, EncoderLayer, encode
-from eet_patch.gates import Watch, note_sound, submodule_reason, watch_of
+from eet_patch.gates import Watch, forget, note_sound, submodule_reason, watch_of
 from eet_patch.ops.packing import launch_gather_rows
 from eet_patch.patching import Adapter, Withdrawn
 
@@ -77,13 +77,15 @@ class EncoderKind(NamedTuple):
 
 
 class Encoder(NamedTuple):
-    """An encoder that passed all checks: its layers, and what the verdict rested on."""
+    """An encoder that passed all checks: its layers, what the verdict rests on where that is still
+    to be confirmed, and whether it has been noted.
+    """
 
     module: nn.Module
     modules: tuple[Any, ...]
     layers: tuple[EncoderLayer, ...]
-    watch: Watch | None
-    checked: bool
+    unconfirmed: Watch | None
+    noted: bool
 
 
 class Plan(NamedTuple):
@@ -93,7 +95,7 @@ class Plan(NamedTuple):
 
 
 class Encoders:
-    """Finds out whether encoders of one kind can be taken whole."""
+    """Encoders of one kind: whether they can be taken whole, and running them."""
 
     def __init__(self, kind: EncoderKind, cls: type) -> None:
         module = sys.modules[cls.__module__]
@@ -102,13 +104,11 @@ class Encoders:
         self._layers, self._rest = kind.layers, kind.reason
 
     def checked(self, encoder: Any, like: Tensor) -> Encoder | str:
-        """On CUDA what was noted of the modules is compared while the device works, by `confirm`:
-        only where the parameters lie has to be known before.
-        """
+        """On CUDA what was noted of the modules is compared while the device works, by `run`."""
         watch = watch_of(encoder, like)
-        on_cuda = like.device.type == "cuda"
         modules = self._layers(encoder)
-        if watch is not None and (watch.parameters_stay() if on_cuda else watch.holds(like)):
+        on_cuda = like.device.type == "cuda"
+        if watch is not None and (on_cuda or watch.holds(like)):
             packed = watch.notes
         else:
             reason = self._reason(encoder, modules, like)
@@ -118,7 +118,7 @@ class Encoders:
         implementation = self.layer.implementation(modules[0])
         if " " in implementation:
             return implementation
-        return Encoder(encoder, modules, packed, watch, watch is None or not on_cuda)
+        return Encoder(encoder, modules, packed, watch if on_cuda else None, watch is not None)
 
     def _reason(self, encoder: Any, modules: tuple[Any, ...], like: Tensor) -> str | None:
         if not modules:
@@ -133,24 +133,33 @@ class Encoders:
                 return reason
         return None
 
+    def run(self, encoder: Encoder, batch: Batch, visit: Any = None) -> Tensor:
+        """The last layer's output as a padded batch; raises `Withdrawn` where the original must
+        run.
+        """
+        out = _run(encoder, batch, visit)
+        if isinstance(out, str) and out == CHANGED:
+            forget(encoder.module)
+            again = self.checked(encoder.module, batch.like)
+            out = again if isinstance(again, str) else _run(again, batch, visit)
+        if isinstance(out, str):
+            raise Withdrawn(out)
+        return out
 
-def confirm(encoder: Encoder, like: Tensor) -> None:
-    """The rest of the checks, or the note that they were passed."""
-    if encoder.watch is None:
-        note_sound(encoder.module, like, encoder.layers)
-    elif not encoder.checked and not encoder.watch.holds(like):
-        raise Withdrawn(CHANGED)
 
-
-def run(encoder: Encoder, batch: Batch, visit: Any = None) -> Tensor:
-    """The last layer's output as a padded batch; raises `Withdrawn` where the original must run."""
-    if visit is not None:  # what it was shown can't be taken back
-        confirm(encoder, batch.like)
-    out = encode(encoder.modules[0], encoder.layers, batch, patching.keeps_padding(), visit)
-    if visit is None:
-        confirm(encoder, batch.like)
-    if isinstance(out, str):
-        raise Withdrawn(out)
+def _run(encoder: Encoder, batch: Batch, visit: Any) -> Tensor | str:
+    """The output, or why not; CHANGED if what was noted of the modules no longer holds."""
+    watch, ready = encoder.unconfirmed, None
+    if watch is not None:
+        if visit is not None and not watch.holds(batch.like):
+            return CHANGED  # at once: what `visit` is shown can't be taken back
+        ready = watch.parameters_stay
+    keep_padding = patching.keeps_padding()
+    out = encode(encoder.modules[0], encoder.layers, batch, keep_padding, visit, ready)
+    if out is None or (watch is not None and not watch.holds(batch.like)):
+        return CHANGED
+    if not encoder.noted:
+        note_sound(encoder.module, batch.like, encoder.layers)
     return out
 
 
@@ -220,7 +229,7 @@ def adapter(kind: EncoderKind, cls: type, original: Callable[..., Any]) -> Adapt
 
         elif not before_5 and "hidden_states" in (recorder() or ()):
             visit = partial(_record, plan.encoder.modules, hidden_states)
-        out = run(plan.encoder, batch, visit)
+        out = encoders.run(plan.encoder, batch, visit)
         if before_5 and not arguments.get("return_dict", dict_by_default):
             return (out, tuple(states)) if states else (out,)
         if before_5:

@@ -155,9 +155,11 @@ def encode(
     batch: Batch,
     keep_padding: bool,
     visit: Visit | None = None,
-) -> Tensor | str:
+    ready: Callable[[], bool] | None = None,
+) -> Tensor | str | None:
     """The last layer's output, (batch_size, seq_len, hidden_size), or why the layers must be run
-    over the padding too.
+    over the padding too; None if `ready`, asked while the device looks at the mask and before it
+    is sent on to the layers, says no.
 
     Args:
         owner: whose graphs are kept for as long as it lives.
@@ -167,7 +169,7 @@ def encode(
     if batch.like.device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return CAPTURED
-        return _encode_on_cuda(owner, layers, batch, keep_padding, visit)
+        return _encode_on_cuda(owner, layers, batch, keep_padding, visit, ready)
     sizes = (batch.batch_size, batch.seq_len)
     padded_rows = batch.batch_size * batch.seq_len
     found = packing.launch_pack_tokens(
@@ -235,11 +237,12 @@ def _encode_on_cuda(
     batch: Batch,
     keep_padding: bool,
     visit: Visit | None,
-) -> Tensor | str:
+    ready: Callable[[], bool] | None,
+) -> Tensor | str | None:
     max_batch = _power_of_two(batch.batch_size, 1)
     step = pool.borrow(owner, layers, batch.like, batch.hidden_size, max_batch)
     try:
-        return _encode_by(step, max_batch, layers, batch, keep_padding, visit)
+        return _encode_by(step, max_batch, layers, batch, keep_padding, visit, ready)
     finally:
         if step is not None:
             pool.give_back(step)
@@ -252,7 +255,8 @@ def _encode_by(
     batch: Batch,
     keep_padding: bool,
     visit: Visit | None,
-) -> Tensor | str:
+    ready: Callable[[], bool] | None,
+) -> Tensor | str | None:
     padded_rows = batch.batch_size * batch.seq_len
     capacity = rounded_rows(padded_rows)
     answer = (pool.Answer() if step is None else step.answer).next()
@@ -273,6 +277,8 @@ def _encode_by(
     hidden_states = None if step is None or visit is not None else step.buffer(capacity)
     if hidden_states is not None:
         batch.embed(found.tokens, hidden_states)
+    if ready is not None and not ready():
+        return None
 
     rows, longest, more = padded_rows, batch.seq_len, 0
     several = batch.batch_size > 1 and padded_rows > FEW_TOKENS
