@@ -69,8 +69,13 @@ def forward_all(encoder: SentenceTransformer, batches: list[dict[str, Tensor]]) 
 def tokenised(encoder: SentenceTransformer, texts: list[str]) -> list[dict[str, Tensor]]:
     """The batches as `encode` makes them: longest first."""
     texts = sorted(texts, key=len, reverse=True)
-    parts = (texts[i : i + BATCH_SIZE] for i in range(0, len(texts), BATCH_SIZE))
-    return [{k: v.to(encoder.device) for k, v in encoder.tokenize(p).items()} for p in parts]
+    prepare = getattr(encoder, "preprocess", encoder.tokenize)  # its name from 5.2 on
+    batches = []
+    for first in range(0, len(texts), BATCH_SIZE):
+        features = prepare(texts[first : first + BATCH_SIZE])
+        tensors = {k: v for k, v in features.items() if isinstance(v, Tensor)}
+        batches.append({k: v.to(encoder.device) for k, v in tensors.items()})
+    return batches
 
 
 def clock(call, device: str) -> float:

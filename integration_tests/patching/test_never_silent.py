@@ -330,6 +330,7 @@ def test_every_reason_has_a_case():
         GRADIENTS,
         "the forward of {cls.__name__}, which fusion would skip",
         "the attention implementation is {name!r}",  # no str: no host makes one
+        "a layer is a decoder's",  # transformers/test_encoders.py
     )
     layers = (bert, gpt2, gpt2_lm_head, opt, gpt_neo, gpt_bigcode)
     for module in (gates, *layers, causal, host, kv_cache):

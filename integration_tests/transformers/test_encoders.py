@@ -558,12 +558,13 @@ def test_reasons_of_modules(device, change, of_model, of_encoder):
 def test_reasons_of_calls(device):
     model, ids = tiny_bert("bert", device, num_hidden_layers=1), token_ids(2, 6, device)
     hidden = torch.randn(2, 6, 32, device=device)
-    encoder = model.encoder
+    encoder, decoder = model.encoder, tiny_bert("bert", device, is_decoder=True)
     more = torch.zeros(2, 4, 6, 6, device=device, dtype=torch.float64)
     cases = [
         ("the input has shape (0, 6, 32)", lambda: encoder(hidden[:0])),
         ("attention_mask must be bool, float32 or torch.float32", lambda: encoder(hidden, more)),
         ("the input is not contiguous", lambda: encoder(hidden.transpose(0, 1))),
+        ("a layer is a decoder's", lambda: decoder.encoder(hidden)),
         ("autocast is on", None),
         ("gradients are needed", None),
     ]
