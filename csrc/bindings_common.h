@@ -145,5 +145,6 @@ inline void run(const char* name, Op<Args> on_cpu, Op<Args> on_cuda, const Args&
 // Every file of bindings adds its own functions.
 void bind_decode(py::module_& m);
 void bind_select(py::module_& m);
+void bind_packing(py::module_& m);
 
 }  // namespace eet_patch

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MAX_STEPS = 2  # of an encoder: one for each stream that calls it
 MAX_GRAPHS = 48  # of a step; the one that has waited longest gives way
+MAX_SEEN = 512  # shapes that a graph is made for when they come again
 # Buffers and scratch of a step. A batch of more tokens than fit keeps the GPU busy for longer than
 # its launches take, and runs without a graph.
 MAX_BYTES = 256 * 2**20
@@ -98,6 +99,14 @@ def _settings() -> tuple[object, ...]:
     )
 
 
+def _keep(held: OrderedDict[Any, Any], key: object, value: object, most: int) -> None:
+    """The newest `most` of them stay."""
+    held[key] = value
+    held.move_to_end(key)
+    while len(held) > most:
+        held.popitem(last=False)
+
+
 class Step:
     """The buffers of one encoder on one stream, and the graphs over them."""
 
@@ -107,7 +116,8 @@ class Step:
         self._layers: object = None
         self._device, self._hidden_size = like.device, hidden_size
         self._like = torch.empty(0, dtype=like.dtype, device=like.device)
-        self._graphs: OrderedDict[tuple[object, ...], Graph | None] = OrderedDict()
+        self._graphs: OrderedDict[tuple[object, ...], Graph] = OrderedDict()
+        self._seen: OrderedDict[tuple[object, ...], None] = OrderedDict()
         self._graphs_work = True
         self._hidden_states: Tensor | None = None
         self._pool: Any = None
@@ -139,7 +149,7 @@ class Step:
         return held + sum(t.nbytes for t in self.starts) + self._pool_bytes
 
     def num_graphs(self) -> int:
-        return sum(graph is not None for graph in self._graphs.values())
+        return len(self._graphs)
 
     def buffer(self, rows: int) -> Tensor | None:
         """(rows, hidden_size) for the first layer's input, at the same address for as long as
@@ -171,15 +181,13 @@ class Step:
         assert self._hidden_states is not None
         buffer = self._hidden_states[: shape.rows]
         key = (shape, _settings())
-        known = key in self._graphs
-        graph = self._graphs.pop(key, None)
-        if known and graph is None:
+        graph = self._graphs.get(key)
+        # Once without a graph: a shape may never come again, and kernels are loaded at their first
+        # launch, which a capture must not do.
+        if graph is None and key in self._seen:
             graph = self._captured(buffer, layers, shape)
         if graph is None:
-            # Once without a graph: a shape may never come again, and kernels are loaded at their
-            # first launch, which a capture must not do.
-            if self._graphs_work:
-                self._graphs[key] = None
+            _keep(self._seen, key, None, MAX_SEEN)
             return run_layers(buffer, layers, self.starts, shape)
         try:
             graph.replay()
@@ -187,9 +195,7 @@ class Step:
             self._give_up("launch", error)
             again()
             return run_layers(buffer, layers, self.starts, shape)
-        self._graphs[key] = graph
-        while len(self._graphs) > MAX_GRAPHS:
-            self._graphs.popitem(last=False)
+        _keep(self._graphs, key, graph, MAX_GRAPHS)
         return buffer
 
     def _captured(
