@@ -63,63 +63,6 @@ __global__ void __launch_bounds__(kBlockWarps* kWarpSize) layernorm_kernel(const
   normalise_row<kWarps, kVector>(p.size, p.eps, shared, load, store);
 }
 
-// A warp a row of up to kChunks vectors a lane, all of whose loads are under way at once; aligned
-// rows. Otherwise as layernorm_kernel.
-template <typename T, int kChunks>
-__global__ void __launch_bounds__(kRowsPerBlock* kWarpSize)
-    short_layernorm_kernel(const NormParams<T> p) {
-  constexpr int kVector = kVectorSize<T>;
-  release_dependents();
-  wait_for_predecessor();
-  const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarpSize;
-  if (row >= p.rows) return;
-  const int64_t offset = row * p.size;
-  const int first = threadIdx.x % kWarpSize * kVector;
-  constexpr int kStride = kWarpSize * kVector;
-
-  using Chunk = Vector<T, kVector>;
-  Chunk given[kChunks] = {}, residual[kChunks] = {}, bias[kChunks] = {};
-  auto load = [&](Chunk(&chunks)[kChunks], const T* source) {
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const int column = first + c * kStride;
-      if (column < p.size) chunks[c] = *reinterpret_cast<const Chunk*>(source + column);
-    }
-  };
-  load(given, p.input + offset);
-  if (p.residual != nullptr) load(residual, p.residual + offset);
-  if (p.bias != nullptr) load(bias, p.bias);
-
-  float values[kChunks][kVector], sum = 0.0f, squares = 0.0f;
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      values[c][i] = to_float(given[c].data[i]) + to_float(bias[c].data[i]);
-      values[c][i] += to_float(residual[c].data[i]);
-      sum += values[c][i];  // zeros beyond the row
-    }
-  }
-  const float mean = warp_sum(sum) / p.size;
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    if (first + c * kStride >= p.size) break;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) squares += (values[c][i] - mean) * (values[c][i] - mean);
-  }
-  const float scale = rsqrtf(warp_sum(squares) / p.size + p.eps);
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int column = first + c * kStride;
-    if (column >= p.size) break;
-    if (p.sum_out != nullptr) store_vector(p.sum_out + offset + column, values[c]);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) values[c][i] = (values[c][i] - mean) * scale;
-    scale_and_shift(values[c], p.weight, p.norm_bias, column);
-    store_vector(p.out + offset + column, values[c]);
-  }
-}
-
 template <typename T, int kVector>
 cudaError_t launch_rows(const NormParams<T>& p, cudaStream_t stream, bool chained) {
   LaunchConfig config;
@@ -129,12 +72,6 @@ cudaError_t launch_rows(const NormParams<T>& p, cudaStream_t stream, bool chaine
   const bool warp_rows =
       p.size <= kWarpMaxSize && (p.rows > kFewRows || p.size <= kWarpSize * kVector);
   config.grid = dim3(static_cast<unsigned>(warp_rows ? ceil_div(p.rows, kRowsPerBlock) : p.rows));
-  if constexpr (kVector > 1) {
-    constexpr int kChunk = kWarpSize * kVector;
-    if (warp_rows && p.size <= 2 * kChunk) return launch(config, short_layernorm_kernel<T, 2>, p);
-    if (warp_rows && p.size <= 3 * kChunk) return launch(config, short_layernorm_kernel<T, 3>, p);
-    if (warp_rows && p.size <= 4 * kChunk) return launch(config, short_layernorm_kernel<T, 4>, p);
-  }
   return warp_rows ? launch(config, layernorm_kernel<T, 1, kVector>, p)
                    : launch(config, layernorm_kernel<T, kBlockWarps, kVector>, p);
 }
