@@ -28,7 +28,6 @@ from eet_patch.gates import (
     parameter_reason,
     still_sound,
     submodule_reason,
-    watch_of,
 )
 from eet_patch.ops._extension import NO_MASK
 from eet_patch.ops.elementwise import launch_embedding
@@ -76,9 +75,8 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         modules = model._modules
         embeddings, stack = modules["embeddings"], modules["encoder"]
         word_weight = embeddings._modules["word_embeddings"]._parameters["weight"]
-        reason = _ids_reason(embeddings, arguments, word_weight)
-        if reason is None and watch_of(stack, word_weight) is None:  # which watches its hooks too
-            reason = submodule_reason(stack, encoder_class, is_recording_hook)
+        reason = submodule_reason(stack, encoder_class, is_recording_hook)
+        reason = reason or _ids_reason(embeddings, arguments, word_weight)
         if reason is not None:
             return reason
         if not still_sound(embeddings, word_weight):

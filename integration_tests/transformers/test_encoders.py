@@ -375,6 +375,25 @@ def test_changes_are_seen_by_the_next_call(device):
             eet_patch.disable()
 
 
+@pytest.mark.parametrize(
+    "path", ["encoder", "embeddings", "embeddings.LayerNorm", "encoder.layer.0"]
+)
+def test_hooks_that_come_later_are_called(device, path):
+    model, ids, called = tiny_bert("bert", device), token_ids(2, 6, device), []
+    with torch.no_grad(), eet_patch.enabled():
+        for _ in range(3):
+            model(ids)
+        hook = model.get_submodule(path).register_forward_hook(lambda *_: called.append(1))
+        for _ in range(3):
+            model(ids)
+        assert len(called) == 3
+        hook.remove()
+        eet_patch.reset_report()
+        for _ in range(3):
+            model(ids)
+        assert len(called) == 3 and eet_patch.report()["bert_model"].replaced == 3
+
+
 def test_threads(device):
     model = tiny_bert("bert", device)
     batches = [batch_of("right", device, (size, 5, 9)) for size in (11, 30, 64, 80)]
