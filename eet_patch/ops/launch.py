@@ -207,7 +207,8 @@ def _torch_attends_packed(query: Tensor) -> bool:
     """
     if query.device.type != "cuda" or query.dtype == torch.float32 or query.shape[2] % 8:
         return False
-    return has_tensor_cores(query.device.index) and is_flash_attention_available()
+    allowed = torch.backends.cuda.flash_sdp_enabled() and is_flash_attention_available()
+    return allowed and has_tensor_cores(query.device.index)
 
 
 def attention(
@@ -242,7 +243,8 @@ def attention(
         )
         return context.transpose(1, 2).contiguous()
     if short_cu_seqlens is not None and _torch_attends_packed(query):
-        if num_alike and has_cudnn_attention(query.device.index):
+        alike = num_alike and torch.backends.cuda.cudnn_sdp_enabled()
+        if alike and has_cudnn_attention(query.device.index):
             return _cudnn_attention(query, key, value, num_alike, causal, softmax_scale)
         return torch.ops.aten._flash_attention_forward(
             query,
