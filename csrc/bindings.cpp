@@ -13,7 +13,7 @@ void embedding(Address out, Address word_weight, Address position_weight, Addres
                Address norm_bias, int64_t rows, int64_t hidden_size, int64_t vocab_size,
                int64_t num_positions, int64_t num_token_types, int64_t position_count,
                int64_t token_type_count, float word_scale, float eps, int dtype, int device,
-               Address stream, int num_threads) {
+               Address stream, int num_threads, Address tokens) {
   const EmbeddingArgs args{ptr(out),
                            ptr(word_weight),
                            ptr(position_weight),
@@ -32,7 +32,8 @@ void embedding(Address out, Address word_weight, Address position_weight, Addres
                            token_type_count,
                            word_scale,
                            eps,
-                           static_cast<DType>(dtype)};
+                           static_cast<DType>(dtype),
+                           short_index_ptr(tokens)};
   EET_RUN(embedding);
 }
 
@@ -254,20 +255,59 @@ int64_t ffn_workspace_bytes(int64_t rows, int64_t hidden_size, int64_t intermedi
   return EET_ON_DEVICE(ffn_workspace_bytes(args));
 }
 
+// Whether `dict` holds just these keys and these very objects, in whatever order.
+bool same_items(PyObject* dict, PyObject* keys, PyObject* values) {
+  const Py_ssize_t count = PyTuple_GET_SIZE(keys);
+  if (PyDict_Size(dict) != count) return false;
+  // In their order first, which costs a fifth of looking each of them up.
+  PyObject *key = nullptr, *value = nullptr;
+  Py_ssize_t position = 0, i = 0;
+  while (i < count && PyDict_Next(dict, &position, &key, &value) != 0 &&
+         key == PyTuple_GET_ITEM(keys, i) && value == PyTuple_GET_ITEM(values, i))
+    ++i;
+  for (; i < count; ++i) {
+    PyObject* found = PyDict_GetItemWithError(dict, PyTuple_GET_ITEM(keys, i));
+    if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    if (found != PyTuple_GET_ITEM(values, i)) return false;
+  }
+  return true;
+}
+
 // Whether every dictionary of (dictionary, keys, values) still holds just these keys and these very
 // objects. In C++ because a layer's modules hold some 300 of them, which are compared on every
 // call.
 bool same_contents(const py::tuple& noted) {
   for (const py::handle entry : noted) {
-    PyObject* dict = PyTuple_GET_ITEM(entry.ptr(), 0);
-    PyObject* keys = PyTuple_GET_ITEM(entry.ptr(), 1);
-    PyObject* values = PyTuple_GET_ITEM(entry.ptr(), 2);
-    if (PyDict_Size(dict) != PyTuple_GET_SIZE(keys)) return false;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(keys); ++i) {
-      PyObject* found = PyDict_GetItemWithError(dict, PyTuple_GET_ITEM(keys, i));
-      if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-      if (found != PyTuple_GET_ITEM(values, i)) return false;
-    }
+    if (!same_items(PyTuple_GET_ITEM(entry.ptr(), 0), PyTuple_GET_ITEM(entry.ptr(), 1),
+                    PyTuple_GET_ITEM(entry.ptr(), 2)))
+      return false;
+  }
+  return true;
+}
+
+py::object call_method(PyObject* object, PyObject* name) {
+  PyObject* result = PyObject_CallMethodNoArgs(object, name);
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+// Whether every tensor of (tensor, address, dtype, is_contiguous()) still lies at its address and,
+// where `all` is to be compared, has its dtype and layout. In C++ for the same reason.
+bool same_places(const py::tuple& noted, bool all) {
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  static PyObject* const dtype = PyUnicode_InternFromString("dtype");
+  static PyObject* const contiguous = PyUnicode_InternFromString("is_contiguous");
+  for (const py::handle entry : noted) {
+    PyObject* tensor = PyTuple_GET_ITEM(entry.ptr(), 0);
+    if (!call_method(tensor, data_ptr).equal(py::handle(PyTuple_GET_ITEM(entry.ptr(), 1))))
+      return false;
+    if (!all) continue;
+    PyObject* found = PyObject_GetAttr(tensor, dtype);
+    if (found == nullptr) throw py::error_already_set();
+    Py_DECREF(found);  // compared by identity: dtypes live for ever
+    if (found != PyTuple_GET_ITEM(entry.ptr(), 2)) return false;
+    if (!call_method(tensor, contiguous).is(py::handle(PyTuple_GET_ITEM(entry.ptr(), 3))))
+      return false;
   }
   return true;
 }
@@ -304,7 +344,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("embedding", &ep::embedding, A(out), A(word_weight), A(position_weight),
         A(token_type_weight), A(input_ids), A(position_ids), A(token_type_ids), A(norm_weight),
         A(norm_bias), A(rows), A(hidden_size), A(vocab_size), A(num_positions), A(num_token_types),
-        A(position_count), A(token_type_count), A(word_scale), A(eps), EET_TAIL);
+        A(position_count), A(token_type_count), A(word_scale), A(eps), EET_TAIL,
+        py::arg("tokens") = 0);
   m.def("layernorm", &ep::layernorm, A(out), A(input), A(weight), A(bias), A(rows), A(hidden_size),
         A(eps), EET_TAIL);
   m.def("bias_residual_layernorm", &ep::bias_residual_layernorm, A(out), A(sum_out), A(input),
@@ -337,7 +378,9 @@ PYBIND11_MODULE(_C, m) {
         A(intermediate_size), A(dtype), A(device));
   ep::bind_decode(m);
   ep::bind_select(m);
+  ep::bind_packing(m);
   m.def("same_contents", &ep::same_contents, A(noted));
+  m.def("same_places", &ep::same_places, A(noted), A(all));
   m.def("build_info", &ep::build_info);
 #undef EET_TAIL
 #undef A

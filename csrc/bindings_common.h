@@ -30,6 +30,10 @@ inline const int64_t* index_ptr(Address address) {
   return reinterpret_cast<const int64_t*>(address);
 }
 
+inline const int32_t* short_index_ptr(Address address) {
+  return reinterpret_cast<const int32_t*>(address);
+}
+
 inline HeadStrides strides(const Triple& t) {
   return {std::get<0>(t), std::get<1>(t), std::get<2>(t)};
 }
@@ -141,5 +145,6 @@ inline void run(const char* name, Op<Args> on_cpu, Op<Args> on_cuda, const Args&
 // Every file of bindings adds its own functions.
 void bind_decode(py::module_& m);
 void bind_select(py::module_& m);
+void bind_packing(py::module_& m);
 
 }  // namespace eet_patch

@@ -31,7 +31,8 @@ struct Context {
 // position_count]]
 //             + token_type_weight[token_type_ids[r % token_type_count]])
 // position_weight, token_type_weight, norm_weight may be null (term or LN left out). token_type_ids
-// null with a token_type_weight means type 0. A bias of LN may be null.
+// null with a token_type_weight means type 0. A bias of LN may be null. With `tokens` row r stands
+// for tokens[r] of the ids, and is zeros where that is negative.
 struct EmbeddingArgs {
   void* out;                      // (rows, hidden_size)
   const void* word_weight;        // (vocab_size, hidden_size)
@@ -46,6 +47,7 @@ struct EmbeddingArgs {
       token_type_count;
   float word_scale, eps;
   DType dtype;
+  const int32_t* tokens;  // (rows,) or null
 };
 
 // out[r] = (input[r] - mean) / sqrt(var + eps) * weight + bias; weight and bias may be null (1 and
@@ -405,6 +407,35 @@ struct HypothesisStepArgs {
 // free. Only stop_when_full ever clears the last.
 constexpr int kImprovable = 1, kContinuable = 2, kOpen = 4, kBeamsGoOn = 7;
 
+// Where the real tokens of a padded batch stand without the padding between them. A token is real
+// if its key is visible to any query. `summary` gets the number of real tokens, the length of the
+// longest row, and 1 if the mask says more than which tokens are padding, else 0: an entry that
+// neither shows nor hides its key, or a real query that sees other keys than its row's real ones.
+// What the rest says is of use only where that is 0. Behind them `ticket` is written last, seen by
+// the host only after them: `summary` may be pinned memory that the host looks at.
+struct PackTokensArgs {
+  AttentionMask mask;         // over (batch, num_heads, q_len, seq_len) keys; kNone: all are real
+  int32_t* tokens;            // (capacity,) place in the padded batch of each real token, then -1
+  int32_t* rows;              // (batch * seq_len,) the inverse: -1 at padding
+  int64_t* cu_seqlens;        // (max_batch + 1,) where each row's tokens start; the end behind them
+  int32_t* short_cu_seqlens;  // the same, as torch's attention takes it
+  int64_t* summary;           // (4,)
+  int64_t ticket;
+  int32_t* scratch;  // (2 * batch,)
+  int64_t batch, seq_len;
+  int64_t num_heads, q_len;     // 1 where the mask is broadcast, else q_len = seq_len
+  int64_t capacity, max_batch;  // capacity >= batch * seq_len
+  DType dtype;                  // of a kAddElement mask
+};
+
+// out[r] = input[index[r]], zeros where the index is negative; rows of row_bytes bytes.
+struct GatherRowsArgs {
+  void* out;
+  const void* input;
+  const int32_t* index;  // (rows,)
+  int64_t rows, row_bytes;
+};
+
 #define EET_DECLARE_OPS                                                                          \
   Status embedding(const EmbeddingArgs& args, const Context& context);                           \
   Status layernorm(const LayerNormArgs& args, const Context& context);                           \
@@ -416,6 +447,8 @@ constexpr int kImprovable = 1, kContinuable = 2, kOpen = 4, kBeamsGoOn = 7;
   Status ffn(const FfnArgs& args, const Context& context);                                       \
   Status step_attention(const StepAttentionArgs& args, const Context& context);                  \
   Status decode_layers(const DecodeLayersArgs& args, const Context& context);                    \
+  Status pack_tokens(const PackTokensArgs& args, const Context& context);                        \
+  Status gather_rows(const GatherRowsArgs& args, const Context& context);                        \
   int64_t attention_workspace_bytes(const AttentionArgs& args);                                  \
   int64_t attention_block_workspace_bytes(const AttentionBlockArgs& args);                       \
   int64_t ffn_workspace_bytes(const FfnArgs& args);                                              \

@@ -39,6 +39,7 @@ def enable(
     strict: bool = False,
     only: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
+    keep_padding: bool = False,
 ) -> None:
     """Replace the layers of the host libraries, now or when they are imported.
 
@@ -50,10 +51,12 @@ def enable(
             it.
         only: names of the targets to replace. Default: all of them.
         exclude: names of targets to leave alone.
+        keep_padding: compute the padded positions of an encoder's batch too, as the host does. By
+            default they cost nothing, and are zeros.
     Raises:
         ValueError: a name that is no target.
     """
-    patching.enable(strict, only, exclude)
+    patching.enable(strict, only, exclude, keep_padding)
 
 
 def disable() -> None:
@@ -67,13 +70,14 @@ def enabled(
     strict: bool = False,
     only: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
+    keep_padding: bool = False,
 ) -> AbstractContextManager[None]:
     """`enable()` for a `with` block, for the whole process; afterwards what was in force before is
     in force again.
 
     Args, Raises: as `enable`.
     """
-    return patching.enabled(strict, only, exclude)
+    return patching.enabled(strict, only, exclude, keep_padding)
 
 
 def report() -> Report:

@@ -117,10 +117,11 @@ class Watch:
     5.
     """
 
-    __slots__ = ("_classes", "_like", "_noted", "_parameters", "layer")
+    __slots__ = ("_classes", "_like", "_noted", "_parameters", "layer", "notes")
 
-    def __init__(self, layer: nn.Module, like: Tensor, forget: Any) -> None:
+    def __init__(self, layer: nn.Module, like: Tensor, forget: Any, notes: Any = None) -> None:
         self.layer = weakref.ref(layer, forget)
+        self.notes = notes  # what its owner made of the modules; must not lead back to the layer
         self._like = _kind(like)
         noted, classes, parameters = [], {}, []
         for module in layer.modules():
@@ -135,18 +136,18 @@ class Watch:
         self._classes = tuple(classes.items())
         self._parameters = tuple((p, *_storage(p)) for p in parameters)
 
+    def parameters_stay(self) -> bool:
+        """Whether all parameters lie where they lay: what a launch on noted addresses needs."""
+        return extension().same_places(self._parameters, False)
+
     def holds(self, like: Tensor) -> bool:
         if _kind(like) != self._like:
             return False
         for cls, forward in self._classes:
             if cls.forward is not forward:
                 return False
-        for parameter, address, dtype, strides in self._parameters:
-            if parameter.data_ptr() != address or parameter.dtype is not dtype:
-                return False
-            if parameter.stride() != strides:
-                return False
-        return extension().same_contents(self._noted)
+        module = extension()
+        return module.same_places(self._parameters, True) and module.same_contents(self._noted)
 
 
 def _kind(like: Tensor) -> tuple[Any, ...]:
@@ -154,7 +155,7 @@ def _kind(like: Tensor) -> tuple[Any, ...]:
 
 
 def _storage(parameter: Tensor) -> tuple[Any, ...]:
-    return parameter.data_ptr(), parameter.dtype, parameter.stride()
+    return parameter.data_ptr(), parameter.dtype, parameter.is_contiguous()
 
 
 _watches: dict[int, Watch] = {}
@@ -178,8 +179,18 @@ def still_sound(layer: nn.Module, like: Tensor) -> bool:
     return watch is not None and watch.layer() is layer and watch.holds(like)
 
 
-def note_sound(layer: nn.Module, like: Tensor) -> None:
-    """Notes that the modules and parameters of a layer passed all checks for such an input."""
+def watch_of(layer: nn.Module, like: Tensor) -> Watch | None:
+    """What `note_sound` noted of this layer for such an input; it may no longer hold."""
+    watch = _watches.get(id(layer))
+    if watch is None or watch.layer() is not layer or watch._like != _kind(like):
+        return None
+    return watch
+
+
+def note_sound(layer: nn.Module, like: Tensor, notes: Any = None) -> None:
+    """Notes that the modules and parameters of a layer passed all checks for such an input, and
+    what its adapter made of them.
+    """
     if not _holdable(layer):
         return
     number = id(layer)
@@ -189,7 +200,12 @@ def note_sound(layer: nn.Module, like: Tensor) -> None:
         if watch is not None and watch.layer is reference:
             del _watches[number]
 
-    _watches[number] = Watch(layer, like, forget)
+    _watches[number] = Watch(layer, like, forget, notes)
+
+
+def forget(layer: nn.Module) -> None:
+    """Takes back what `note_sound` noted of a layer."""
+    _watches.pop(id(layer), None)
 
 
 def forget_all() -> None:

@@ -42,6 +42,12 @@ class PatchWarning(UserWarning):
     """
 
 
+class Withdrawn(Exception):
+    """Raised by an adapter's `forward`, before it has changed anything that lasts: the call runs
+    the original, for the reason given.
+    """
+
+
 @dataclass(frozen=True)
 class PatchTarget:
     """One method of a host class and what stands in for it.
@@ -53,8 +59,8 @@ class PatchTarget:
         requires: host versions that the adapter was tested with, as "transformers>=4.56,<5.24".
         adapter: makes the pair (plan, forward) for the class when the patch is installed; see
             `Adapter`.
-        level: "layer", or "loop" for what stands above layers that are replaced themselves: its
-            original still runs them, so that `strict` has nothing to raise.
+        level: "layer", or "step" or "loop" for what stands above layers that are replaced
+            themselves: its original still runs them, so that `strict` has nothing to raise.
     """
 
     name: str
@@ -93,6 +99,7 @@ class Options:
     strict: bool = False
     only: frozenset[str] | None = None
     exclude: frozenset[str] = frozenset()
+    keep_padding: bool = False
 
     def selects(self, target: PatchTarget) -> bool:
         return target.name not in self.exclude and (self.only is None or target.name in self.only)
@@ -159,7 +166,7 @@ def reset_counters() -> None:
             patch.fallbacks = {}
 
 
-def _options(strict: bool, only: Any, exclude: Any) -> Options:
+def _options(strict: bool, only: Any, exclude: Any, keep_padding: bool) -> Options:
     def names(value: Any, argument: str) -> frozenset[str]:
         chosen = frozenset((value,) if isinstance(value, str) else value)
         unknown = sorted(map(str, chosen - set(_patches)))
@@ -171,13 +178,16 @@ def _options(strict: bool, only: Any, exclude: Any) -> Options:
         return chosen
 
     return Options(
-        bool(strict), None if only is None else names(only, "only"), names(exclude, "exclude")
+        bool(strict),
+        None if only is None else names(only, "only"),
+        names(exclude, "exclude"),
+        bool(keep_padding),
     )
 
 
-def enable(strict: bool, only: Any, exclude: Any) -> None:
+def enable(strict: bool, only: Any, exclude: Any, keep_padding: bool) -> None:
     global _explicit
-    options = _options(strict, only, exclude)
+    options = _options(strict, only, exclude, keep_padding)
     with _lock:
         _explicit = options
         _refresh()
@@ -192,8 +202,8 @@ def disable() -> None:
 
 
 @contextmanager
-def enabled(strict: bool, only: Any, exclude: Any) -> Iterator[None]:
-    entry = (object(), _options(strict, only, exclude))
+def enabled(strict: bool, only: Any, exclude: Any, keep_padding: bool) -> Iterator[None]:
+    entry = (object(), _options(strict, only, exclude, keep_padding))
     with _lock:
         _scopes.append(entry)
         _refresh()
@@ -204,6 +214,13 @@ def enabled(strict: bool, only: Any, exclude: Any) -> Iterator[None]:
             if entry in _scopes:  # not if disable() was called inside
                 _scopes.remove(entry)
             _refresh()
+
+
+def keeps_padding() -> bool:
+    """Whether `enable(keep_padding=True)` is in force."""
+    scopes = _scopes
+    options = scopes[-1][1] if scopes else _explicit
+    return options is not None and options.keep_padding
 
 
 def is_enabled() -> bool:
@@ -423,10 +440,17 @@ def _make_forward(
         except torch.OutOfMemoryError as error:
             if getattr(error, "eet_patch_committed", False):
                 raise
+            reason = None
+        except Withdrawn as withdrawn:
+            reason = str(withdrawn)
         else:
             next(patch.replaced)
             return result
-        _out_of_memory(patch)
+        # Out of the handlers, whose exception holds what was allocated.
+        if reason is None:
+            _out_of_memory(patch)
+        else:
+            _fell_back(patch, reason)
         return original(self, *args, **kwargs)
 
     return forward
@@ -444,7 +468,7 @@ def _fell_back(patch: Patch, reason: str) -> None:
         patch.fallbacks[reason] = patch.fallbacks.get(reason, 0) + 1
     if patch.strict and patch.target.level == "layer":
         raise FallbackError(f"{patch.target.name} would run the original code: {reason}")
-    if reason == GRADIENTS_NEEDED:
+    if reason == GRADIENTS_NEEDED and not patch.strict:  # else a layer raises
         name = patch.target.attribute
         with _lock:
             first = "gradients" not in _warned
@@ -454,6 +478,8 @@ def _fell_back(patch: Patch, reason: str) -> None:
 
 
 def _out_of_memory(patch: Patch) -> None:
+    for callback in _at_disable:
+        callback()
     torch.cuda.empty_cache()
     warn_once(
         "out of memory",

@@ -9,6 +9,9 @@ from functools import partial
 from eet_patch.adapters import (
     beam_search,
     bert,
+    bert_encoder,
+    bert_model,
+    encoder,
     fairseq_decoder,
     fairseq_encoder,
     fairseq_search,
@@ -16,6 +19,7 @@ from eet_patch.adapters import (
     gpt2_lm_head,
     gpt_bigcode,
     gpt_neo,
+    named_encoder,
     opt,
     sample,
 )
@@ -37,6 +41,7 @@ _BERT_FAMILY = {
     "roc_bert": "RoCBert",
 }
 _FILES = {"data2vec": "modeling_data2vec_text"}
+_ENCODERS = {"bert_generation": "BertEncoder"}  # BertGenerationEncoder is the model
 
 _LOOPS = {
     "gpt2": ("GPT2LMHeadModel", gpt2.LOOP),
@@ -54,6 +59,41 @@ TARGETS: tuple[PatchTarget, ...] = (
             adapter=bert.adapter,
         )
         for folder, prefix in _BERT_FAMILY.items()
+    ),
+    *(
+        PatchTarget(
+            name=f"{folder}_encoder",
+            module=f"transformers.models.{folder}.{_FILES.get(folder, f'modeling_{folder}')}",
+            attribute=f"{_ENCODERS.get(folder, f'{prefix}Encoder')}.forward",
+            requires=TRANSFORMERS,
+            adapter=partial(encoder.adapter, bert_encoder.kind(f"{prefix}Layer")),
+            level="step",
+        )
+        for folder, prefix in _BERT_FAMILY.items()
+    ),
+    *(
+        PatchTarget(
+            name=f"{folder}_encoder",
+            module=f"transformers.models.{folder}.modeling_{folder}",
+            attribute=f"{cls}.forward",
+            requires=TRANSFORMERS,
+            adapter=partial(encoder.adapter, kind),
+        )
+        for folder, cls, kind in (
+            ("distilbert", "Transformer", named_encoder.DISTILBERT_KIND),
+            ("albert", "AlbertTransformer", named_encoder.ALBERT_KIND),
+        )
+    ),
+    *(
+        PatchTarget(
+            name=f"{folder}_model",
+            module=f"transformers.models.{folder}.{_FILES.get(folder, f'modeling_{folder}')}",
+            attribute=f"{_BERT_FAMILY[folder]}Model.forward",
+            requires=TRANSFORMERS,
+            adapter=bert_model.adapter,
+            level="step",
+        )
+        for folder in ("bert", "roberta", "xlm_roberta", "camembert", "data2vec")
     ),
     PatchTarget(
         name="gpt2_block",

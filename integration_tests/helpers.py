@@ -19,6 +19,7 @@ from packaging.version import Version
 from torch import Tensor
 
 import eet_patch
+from eet_patch.targets import TARGETS
 from eet_patch.testing import ERROR_SLACK, MAX_ERROR_RATIO, relative_error
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -94,6 +95,30 @@ def tiny_bert(folder="bert", device="cpu", dtype=torch.float32, head=None, seed=
     suffix = head or ("Encoder" if folder == "bert_generation" else "Model")
     model = getattr(transformers, prefix + suffix)(bert_config(folder, **changes))
     return randomised(model, seed).to(device, dtype)
+
+
+# Encoders under attribute names of their own -> (prefix of the class of the model, settings).
+_ENCODER = {"vocab_size": 300, "pad_token_id": 0, "max_position_embeddings": 96}
+ENCODERS = {
+    "distilbert": (
+        "DistilBert",
+        _ENCODER | {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 72},
+    ),
+    "albert": (
+        "Albert",
+        _ENCODER
+        | {"embedding_size": 24, "hidden_size": 32, "num_hidden_layers": 4}
+        | {"num_attention_heads": 4, "intermediate_size": 72, "num_hidden_groups": 2}
+        | {"inner_group_num": 2},
+    ),
+}
+
+
+def tiny_encoder(kind, device="cpu", dtype=torch.float32, head="Model", seed=0, **changes):
+    prefix, settings = ENCODERS[kind]
+    settings = {"attn_implementation": "sdpa"} | settings | changes
+    config = getattr(transformers, f"{prefix}Config")(**settings)
+    return randomised(getattr(transformers, prefix + head)(config), seed).to(device, dtype)
 
 
 def gpt2_config(**changes):
@@ -223,12 +248,23 @@ def assert_fell_back(name, reason, calls=None):
     assert calls is None or row.fallbacks[reason] == calls
 
 
+# What stands above layers, and runs them itself: left out where a layer's own target is tested.
+STEP_TARGETS = tuple(target.name for target in TARGETS if target.level == "step")
+
+
+def beneath_the_step_level(names):
+    """Options of `enable()` with which each of these targets is called."""
+    return {} if set(names) & set(STEP_TARGETS) else {"exclude": STEP_TARGETS}
+
+
 @contextmanager
 def patched(*names, calls=None, **options):
     """`eet_patch.enabled()`, which asserts at its end that each of these targets ran our code and
-    only that.
+    only that. Where none of them is one of the step level, that level is left out.
     """
     eet_patch.reset_report()
+    if not options.keys() & {"only", "exclude"}:
+        options = options | beneath_the_step_level(names)
     with eet_patch.enabled(**options):
         yield
         for name in names:

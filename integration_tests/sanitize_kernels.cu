@@ -140,6 +140,48 @@ void run_embedding(DType dtype, int64_t rows, int64_t size) {
   args.eps = kEps;
   args.dtype = dtype;
   call("embedding", cuda::embedding, args);
+  std::vector<int32_t> tokens(rows, -1);
+  for (int64_t row = 0; row < rows; row += 2) tokens[row] = static_cast<int32_t>(rows - 1 - row);
+  args.tokens = memory.values(tokens);
+  call("embedding", cuda::embedding, args);
+}
+
+void run_gather_rows(DType dtype, int64_t rows, int64_t size) {
+  Operands memory(dtype);
+  std::vector<int32_t> index(rows);
+  for (int32_t& at : index) at = std::rand() % 3 - 1;  // of two rows, or none
+  const int64_t row_bytes = size * (dtype == DType::kFloat32 ? 4 : 2);
+  const GatherRowsArgs args = {memory.elements(rows * size), memory.elements(2 * size),
+                               memory.values(index), rows, row_bytes};
+  call("gather_rows", cuda::gather_rows, args);
+}
+
+// A mask of keys alone, and one over heads, queries and keys.
+void run_pack_tokens(DType dtype, int64_t batch, int64_t seq_len) {
+  for (const bool by_query : {false, true}) {
+    Operands memory(dtype);
+    PackTokensArgs args = {};
+    args.num_heads = by_query ? kHeads : 1;
+    args.q_len = by_query ? seq_len : 1;
+    args.mask.kind = MaskKind::kBoolKeep;
+    args.mask.data = memory.bytes(batch * args.num_heads * args.q_len * seq_len);
+    args.mask.key_stride = 1;
+    args.mask.query_stride = by_query ? seq_len : 0;
+    args.mask.head_stride = by_query ? seq_len * seq_len : 0;
+    args.mask.batch_stride = args.num_heads * args.q_len * seq_len;
+    args.batch = batch;
+    args.seq_len = seq_len;
+    args.capacity = batch * seq_len + 5;
+    args.max_batch = batch + 3;
+    args.dtype = dtype;
+    args.tokens = memory.values(std::vector<int32_t>(args.capacity));
+    args.rows = memory.values(std::vector<int32_t>(batch * seq_len));
+    args.cu_seqlens = memory.integers(std::vector<int64_t>(args.max_batch + 1));
+    args.short_cu_seqlens = memory.values(std::vector<int32_t>(args.max_batch + 1));
+    args.summary = memory.integers(std::vector<int64_t>(4));
+    args.scratch = memory.values(std::vector<int32_t>(2 * batch));
+    call("pack_tokens", cuda::pack_tokens, args);
+  }
 }
 
 void run_linear(DType dtype, int64_t rows, int64_t in_size, int64_t out_size, bool in_out) {
@@ -548,7 +590,12 @@ void run_all_row_ops(DType dtype, bool small) {
       if (small && (rows > 5 || size > 1023)) continue;
       run_row_ops(dtype, rows, size);
       run_embedding(dtype, rows, size);
+      run_gather_rows(dtype, rows, size);
     }
+  for (int64_t seq_len : {1, 33, 300}) {
+    run_pack_tokens(dtype, 1, seq_len);
+    run_pack_tokens(dtype, 300, small ? 1 : seq_len);
+  }
 }
 
 void run_all_linear(DType dtype, bool small) {

@@ -36,6 +36,10 @@ __device__ __forceinline__ float mask_term(const AttentionMask& mask, int64_t of
       const float entry = to_float(static_cast<const T*>(mask.data)[offset]);
       return entry <= lowest_finite<T>() ? -INFINITY : entry * kLog2E;
     }
+    case MaskKind::kIntKeep: {
+      const int64_t entry = static_cast<const int64_t*>(mask.data)[offset];
+      return entry == 1 ? 0.0f : entry == 0 ? -INFINITY : NAN;
+    }
     default:
       return 0.0f;
   }

@@ -23,6 +23,7 @@ enum class MaskKind : int {
   kBoolDrop = 2,    // bool, true = do not attend
   kAddFloat32 = 3,  // float32, added
   kAddElement = 4,  // element type of the operands, added
+  kIntKeep = 5,     // int64, 1 = attend, 0 = do not; read by pack_tokens alone
 };
 
 // Sizes and strides are counted in elements, never in bytes.

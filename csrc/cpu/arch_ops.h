@@ -24,6 +24,8 @@ namespace cpu {
   Status ffn(const FfnArgs& args, const Context& context);                                       \
   Status step_attention(const StepAttentionArgs& args, const Context& context);                  \
   Status decode_layers(const DecodeLayersArgs& args, const Context& context);                    \
+  Status pack_tokens(const PackTokensArgs& args, const Context& context);                        \
+  Status gather_rows(const GatherRowsArgs& args, const Context& context);                        \
   int64_t attention_block_workspace_bytes(const AttentionBlockArgs& args);                       \
   int64_t ffn_workspace_bytes(const FfnArgs& args);                                              \
   int64_t decode_layers_workspace_bytes(const DecodeLayersArgs& args);                           \

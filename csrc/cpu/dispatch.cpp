@@ -21,6 +21,8 @@ struct OpTable {
   Status (*ffn)(const FfnArgs&, const Context&);
   Status (*step_attention)(const StepAttentionArgs&, const Context&);
   Status (*decode_layers)(const DecodeLayersArgs&, const Context&);
+  Status (*pack_tokens)(const PackTokensArgs&, const Context&);
+  Status (*gather_rows)(const GatherRowsArgs&, const Context&);
   int64_t (*attention_block_workspace_bytes)(const AttentionBlockArgs&);
   int64_t (*ffn_workspace_bytes)(const FfnArgs&);
   int64_t (*decode_layers_workspace_bytes)(const DecodeLayersArgs&);
@@ -30,7 +32,8 @@ struct OpTable {
   OpTable {                                                                                        \
     #arch, arch::embedding, arch::layernorm, arch::bias_residual_layernorm, arch::bias_activation, \
         arch::linear, arch::attention, arch::attention_block, arch::ffn, arch::step_attention,     \
-        arch::decode_layers, arch::attention_block_workspace_bytes, arch::ffn_workspace_bytes,     \
+        arch::decode_layers, arch::pack_tokens, arch::gather_rows,                                 \
+        arch::attention_block_workspace_bytes, arch::ffn_workspace_bytes,                          \
         arch::decode_layers_workspace_bytes                                                        \
   }
 
@@ -107,6 +110,12 @@ Status step_attention(const StepAttentionArgs& args, const Context& context) {
 }
 Status decode_layers(const DecodeLayersArgs& args, const Context& context) {
   return table().decode_layers(args, context);
+}
+Status pack_tokens(const PackTokensArgs& args, const Context& context) {
+  return table().pack_tokens(args, context);
+}
+Status gather_rows(const GatherRowsArgs& args, const Context& context) {
+  return table().gather_rows(args, context);
 }
 
 int64_t attention_workspace_bytes(const AttentionArgs&) { return 0; }

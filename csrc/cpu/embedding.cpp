@@ -2,6 +2,8 @@
 //
 // Indices are checked before any row is read; a bad one leaves its row unwritten and turns the
 // status.
+#include <cstring>
+
 #include "cpu/norm.h"
 #include "cpu/team.h"
 
@@ -26,16 +28,22 @@ bool embedding_rows(const Team& team, const EmbeddingArgs& args) {
   bool bad = false;
   const Range rows = team.share(args.rows);
   for (int64_t r = rows.begin; r < rows.end; ++r) {
-    const int64_t word_index = args.input_ids[r];
+    T* out = static_cast<T*>(args.out) + r * size;
+    const int64_t token = args.tokens != nullptr ? int64_t(args.tokens[r]) : r;
+    if (token < 0) {
+      std::memset(out, 0, size_t(size) * sizeof(T));
+      continue;
+    }
+    const int64_t word_index = args.input_ids[token];
     bool row_bad = !inside(word_index, args.vocab_size);
     int64_t position_index = 0, type_index = 0;
     if (args.position_weight != nullptr) {
-      position_index = args.position_ids[r % args.position_count];
+      position_index = args.position_ids[token % args.position_count];
       row_bad |= !inside(position_index, args.num_positions);
     }
     if (args.token_type_weight != nullptr) {
       if (args.token_type_ids != nullptr)
-        type_index = args.token_type_ids[r % args.token_type_count];
+        type_index = args.token_type_ids[token % args.token_type_count];
       row_bad |= !inside(type_index, args.num_token_types);
     }
     if (row_bad) {
@@ -49,7 +57,6 @@ bool embedding_rows(const Team& team, const EmbeddingArgs& args) {
     const T* token_type = args.token_type_weight == nullptr
                               ? nullptr
                               : static_cast<const T*>(args.token_type_weight) + type_index * size;
-    T* out = static_cast<T*>(args.out) + r * size;
     for (int64_t j = 0; j < size; j += kLanes) {
       const int64_t n = size - j;
       Vec x = load_upto(word + j, n) * scale;

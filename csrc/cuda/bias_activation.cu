@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMaxRowBlocks = 4096;  // grid.y; more rows than that are walked
+constexpr int kRowsAtOnce = 4;       // whose loads are under way together
 
 // Thread (x, y) of a block owns column vector blockIdx.x * blockDim.x + x of every (blockDim.y *
 // gridDim.y)-th row. kVector > 1 needs 16-byte aligned rows. Reads and writes every element once;
@@ -23,13 +24,24 @@ __global__ void __launch_bounds__(kThreads)
   if (column >= size) return;
   float added[kVector] = {};
   if (bias != nullptr) load_vector(bias + column, added);
+  const int64_t step = int64_t(blockDim.y) * gridDim.y;
   for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < rows;
-       row += blockDim.y * gridDim.y) {
-    float values[kVector];
-    load_vector(input + row * size + column, values);
+       row += step * kRowsAtOnce) {
+    float values[kRowsAtOnce][kVector];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) values[i] = activate(values[i] + added[i], activation);
-    store_vector(out + row * size + column, values);
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      if (row + r * step < rows) load_vector(input + (row + r * step) * size + column, values[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      if (row + r * step >= rows) break;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const float sum = values[r][i] + added[i];
+        values[r][i] = sizeof(T) == 2 ? activate_fast(sum, activation) : activate(sum, activation);
+      }
+      store_vector(out + (row + r * step) * size + column, values[r]);
+    }
   }
 }
 
@@ -37,14 +49,15 @@ template <typename T, int kVector>
 cudaError_t launch_columns(const BiasActivationArgs& args, cudaStream_t stream) {
   const int64_t vectors = args.size / kVector;
   int threads_x = kThreads;
-  while (threads_x > 32 && threads_x / 2 >= vectors) threads_x /= 2;
+  // The widest block that leaves no thread without a column, or few of them.
+  while (threads_x > 32 && (threads_x / 2 >= vectors || vectors % threads_x != 0)) threads_x /= 2;
   const int threads_y = kThreads / threads_x;
   LaunchConfig config;
   config.stream = stream;
   config.block = dim3(threads_x, threads_y);
-  config.grid =
-      dim3(static_cast<unsigned>(ceil_div(vectors, threads_x)),
-           static_cast<unsigned>(std::min<int64_t>(ceil_div(args.rows, threads_y), kMaxRowBlocks)));
+  config.grid = dim3(static_cast<unsigned>(ceil_div(vectors, threads_x)),
+                     static_cast<unsigned>(std::min<int64_t>(
+                         ceil_div(args.rows, threads_y * kRowsAtOnce), kMaxRowBlocks)));
   return launch(config, bias_activation_kernel<T, kVector>, static_cast<T*>(args.out),
                 static_cast<const T*>(args.input), static_cast<const T*>(args.bias), args.rows,
                 args.size, args.activation);

@@ -20,6 +20,7 @@ struct EmbeddingParams {
   int64_t rows, vocab_size, num_positions, num_token_types, position_count, token_type_count;
   int size;
   float word_scale, eps;
+  const int32_t* tokens;
 };
 
 __device__ __forceinline__ int64_t checked_index(int64_t index, int64_t count) {
@@ -36,19 +37,28 @@ __global__ void __launch_bounds__(kBlockWarps* kWarpSize)
   const int64_t row = kWarps > 1 ? int64_t(blockIdx.x)
                                  : int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarpSize;
   if (row >= p.rows) return;
-  const T* word = p.word_weight + checked_index(p.input_ids[row], p.vocab_size) * p.size;
+  T* out = p.out + row * p.size;
+  const int64_t token = p.tokens != nullptr ? int64_t(p.tokens[row]) : row;
+  if (token < 0) {  // the whole warp, or block
+    constexpr int kThreads = kWarps * kWarpSize;
+    const float zeros[kVector] = {};
+    for (int column = threadIdx.x % kThreads * kVector; column < p.size;
+         column += kThreads * kVector)
+      store_vector(out + column, zeros);
+    return;
+  }
+  const T* word = p.word_weight + checked_index(p.input_ids[token], p.vocab_size) * p.size;
   const T* position = nullptr;
   if (p.position_weight != nullptr) {
     position = p.position_weight +
-               checked_index(p.position_ids[row % p.position_count], p.num_positions) * p.size;
+               checked_index(p.position_ids[token % p.position_count], p.num_positions) * p.size;
   }
   const T* token_type = nullptr;
   if (p.token_type_weight != nullptr) {
     const int64_t type =
-        p.token_type_ids != nullptr ? p.token_type_ids[row % p.token_type_count] : 0;
+        p.token_type_ids != nullptr ? p.token_type_ids[token % p.token_type_count] : 0;
     token_type = p.token_type_weight + checked_index(type, p.num_token_types) * p.size;
   }
-  T* out = p.out + row * p.size;
 
   auto load = [&](int column, float (&values)[kVector]) {
     load_vector(word + column, values);
@@ -107,6 +117,7 @@ cudaError_t launch_embedding(const EmbeddingArgs& args, cudaStream_t stream) {
   p.size = static_cast<int>(args.hidden_size);
   p.word_scale = args.word_scale;
   p.eps = args.eps;
+  p.tokens = args.tokens;
   const bool vectors = args.hidden_size % kVectorSize<T> == 0 && is_aligned(args.out) &&
                        is_aligned(args.word_weight) && is_aligned(args.position_weight) &&
                        is_aligned(args.token_type_weight) && is_aligned(args.norm_weight) &&

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from eet_patch.adapters import kv_cache
+from eet_patch.adapters.encoder import LayerKind
 from eet_patch.adapters.host import (
     NO_HOST_MASK,
     HostMask,
@@ -23,6 +24,7 @@ from eet_patch.adapters.host import (
     other_arguments_reason,
     version_before,
 )
+from eet_patch.encoding.packed import EncoderLayer
 from eet_patch.gates import note_sound, still_sound, submodule_reason
 from eet_patch.ops import blocks
 from eet_patch.ops.attention import MAX_HEAD_DIM
@@ -85,23 +87,15 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         if "feed_forward_chunk" in layer.__dict__:
             return "feed_forward_chunk was replaced"
         modules = layer._modules
-        attention, intermediate, output = (
-            modules["attention"],
-            modules["intermediate"],
-            modules["output"],
-        )
         batch, q_len, _ = hidden_states.shape
         if not still_sound(layer, hidden_states):
-            reason = _attention_reason(attention, classes, classes.self_attentions, hidden_states)
-            reason = reason or _feed_forward_reason(intermediate, output, classes, hidden_states)
+            reason = _modules_reason(layer, classes, hidden_states)
             if reason is not None:
                 return reason
             note_sound(layer, hidden_states)
-        own = attention._modules["self"]
-        activation = activation_of(intermediate.intermediate_act_fn)
-        if activation is None:
-            kind = type(intermediate.intermediate_act_fn).__name__
-            return f"there is no kernel for the activation {kind}"
+        own = modules["attention"]._modules["self"]
+        activation = activation_of(modules["intermediate"].intermediate_act_fn)
+        assert activation is not None  # one of the reasons
         implementation = _implementation(own, before_5)
         if " " in implementation:
             return implementation
@@ -184,6 +178,61 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         return (hidden_states, None) if plan.cross_mask is None else (hidden_states, None, None)
 
     return Adapter(plan, forward)
+
+
+def _modules_reason(layer: Any, classes: Classes, like: Tensor) -> str | None:
+    modules = layer._modules
+    attention, intermediate = modules["attention"], modules["intermediate"]
+    reason = _attention_reason(attention, classes, classes.self_attentions, like)
+    reason = reason or _feed_forward_reason(intermediate, modules["output"], classes, like)
+    if reason is None and activation_of(intermediate.intermediate_act_fn) is None:
+        kind = type(intermediate.intermediate_act_fn).__name__
+        reason = f"there is no kernel for the activation {kind}"
+    return reason
+
+
+def layer_kind(cls: type) -> LayerKind:
+    """What the step level needs to know of a BertLayer `cls`, or of one under another name."""
+    classes, before_5 = _classes(cls), version_before("5.0")
+
+    def reason(layer: Any, like: Tensor) -> str | None:
+        if "feed_forward_chunk" in layer.__dict__:
+            return "feed_forward_chunk was replaced"
+        own = layer.attention.self
+        if layer.is_decoder or (own.is_decoder if before_5 else own.is_causal):
+            return "a layer is a decoder's"
+        return _modules_reason(layer, classes, like)
+
+    def implementation(layer: Any) -> str:
+        return _implementation(layer._modules["attention"]._modules["self"], before_5)
+
+    return LayerKind(cls, reason, implementation, _packed_layer)
+
+
+def _packed_layer(layer: Any) -> EncoderLayer:
+    modules = layer._modules
+    own, dense, norm = _parts(modules["attention"]._modules)
+    qkv = tuple(own._modules[n]._parameters for n in ("query", "key", "value"))
+    fc1 = modules["intermediate"]._modules["dense"]._parameters
+    output = modules["output"]._modules
+    fc2 = output["dense"]._parameters
+    activation = activation_of(modules["intermediate"].intermediate_act_fn)
+    assert activation is not None
+    return EncoderLayer(
+        tuple(p["weight"] for p in qkv),
+        tuple(p["bias"] for p in qkv),
+        dense["weight"],
+        dense["bias"],
+        norm,
+        fc1["weight"],
+        fc1["bias"],
+        fc2["weight"],
+        fc2["bias"],
+        _norm(output["LayerNorm"]),
+        own.num_attention_heads,
+        own.attention_head_size**-0.5,
+        activation,
+    )
 
 
 def _norm(module: nn.LayerNorm) -> Norm:

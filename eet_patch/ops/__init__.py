@@ -28,6 +28,7 @@ from eet_patch.ops.elementwise import (
     layernorm,
 )
 from eet_patch.ops.feed_forward import ffn
+from eet_patch.ops.packing import Packing, gather_rows, pack_tokens
 from eet_patch.ops.products import linear
 from eet_patch.ops.selection import (
     seen_tokens,
@@ -38,6 +39,7 @@ from eet_patch.ops.selection import (
 __all__ = [
     "BeamState",
     "DecodeLayer",
+    "Packing",
     "attention",
     "beam_state",
     "beam_step",
@@ -50,12 +52,14 @@ __all__ = [
     "embedding",
     "ended_sequences",
     "ffn",
+    "gather_rows",
     "goes_on",
     "layernorm",
     "linear",
     "masked_multi_head_attention",
     "multi_head_attention",
     "pack_layers",
+    "pack_tokens",
     "seen_tokens",
     "select_token",
     "select_token_workspace",

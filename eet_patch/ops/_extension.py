@@ -23,6 +23,7 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ACTIVATION_CODES = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
 NORM_CODES = {None: 0, "pre": 1, "post": 2}
 MASK_NONE, MASK_BOOL_KEEP, MASK_BOOL_DROP, MASK_ADD_FLOAT32, MASK_ADD_ELEMENT = range(5)
+MASK_INT_KEEP = 5  # of pack_tokens alone
 NO_MASK = (0, MASK_NONE, 0, 0, 0, 0)
 
 

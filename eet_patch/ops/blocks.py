@@ -26,6 +26,7 @@ from eet_patch.ops.launch import (
     torch_linear,
     uses_our_products,
 )
+from eet_patch.ops.stacked import stacked_linear
 
 
 def attention_block(
@@ -47,12 +48,16 @@ def attention_block(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
     mask_tensor: Tensor | None = None,
+    short_cu_seqlens: Tensor | None = None,
+    num_alike: int = 0,
 ) -> Tensor:
     """Self-attention with its norm, projections and residual; hidden_states (batch, q_len,
     hidden_size) contiguous, or (total_tokens, hidden_size) when packed. `cache` is written in
     place; `update_kv` hands the new keys and values to somebody else's cache instead, packed ones
     as (total_tokens, num_heads, head_dim). `mask_tensor` is the bool or additive tensor behind
-    `mask`, where torch's own attention may have it.
+    `mask`, where torch's own attention may have it, and `short_cu_seqlens` is `cu_seqlens` in the
+    form that torch's takes, which `num_alike` tells how many sequences of one length there are, if
+    they are.
     """
     if cu_seqlens is None:
         batch, q_len, hidden_size = hidden_states.shape
@@ -114,9 +119,11 @@ def attention_block(
         cu_seqlens,
         max_seqlen,
         mask_tensor,
+        short_cu_seqlens,
+        num_alike,
     )
     out = project_out(
-        context.view(rows, hidden_size),
+        context.reshape(rows, hidden_size),
         out_weight,
         out_bias,
         in_out,
@@ -138,6 +145,9 @@ def project_qkv(
         flat = layernorm(flat, norm)
     if len(weights) == 1:
         return torch_linear(flat, weights[0], biases[0], in_out).chunk(parts, dim=1)
+    stacked = None if in_out else stacked_linear(flat, weights, biases)
+    if stacked is not None:
+        return stacked
     return tuple(torch_linear(flat, w, b, in_out) for w, b in zip(weights, biases, strict=True))
 
 
@@ -158,14 +168,18 @@ def project_out(
     in_out: bool,
     norm: Norm,
     residual: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The last product of a block with its residual, and the norm of a post-norm block."""
+    """The last product of a block with its residual, and the norm of a post-norm block, whose
+    result goes to `out` if that is given.
+    """
     if norm.placement == "post":
         if uses_our_products(flat, flat.shape[0]):
-            out = linear(flat, (weight,), (bias,), in_out, residual=residual)
-            return layernorm(out, norm, out)
-        out = torch_linear(flat, weight, None, in_out)
-        return bias_residual_layernorm(out, bias, residual, norm, out)
+            product = linear(flat, (weight,), (bias,), in_out, residual=residual)
+            return layernorm(product, norm, product if out is None else out)
+        product = torch_linear(flat, weight, None, in_out)
+        out = product if out is None else out
+        return bias_residual_layernorm(product, bias, residual, norm, out)
     if uses_our_products(flat, flat.shape[0]):
         return linear(flat, (weight,), (bias,), in_out, residual=residual)
     out = torch_linear(flat, weight, bias, in_out)
@@ -251,9 +265,10 @@ def ffn(
     activation: str | None,
     norm: Norm,
     add_residual: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
     """A feed-forward block with its norm and residual; hidden_states (..., hidden_size),
-    contiguous.
+    contiguous. A post-norm block writes to `out` if that is given.
     """
     hidden_size = hidden_states.shape[-1]
     rows = hidden_states.numel() // hidden_size
@@ -262,29 +277,30 @@ def ffn(
     intermediate_size = fc1_weight.shape[1 if in_out else 0]
     if intermediate_size == 0:
         flat = hidden_states.view(rows, hidden_size)
-        out = flat.clone() if add_residual else torch.zeros_like(flat)
+        inner = flat.clone() if add_residual else torch.zeros_like(flat)
         if fc2_bias is not None:
-            out += fc2_bias
-        return (layernorm(out, norm) if norm.placement == "post" else out).view_as(hidden_states)
+            inner += fc2_bias
+        result = layernorm(inner, norm, out) if norm.placement == "post" else inner
+        return result.view_as(hidden_states)
     if not uses_our_products(hidden_states, rows):
         flat = hidden_states.view(rows, hidden_size)
         normed = layernorm(flat, norm) if norm.placement == "pre" else flat
-        inner = torch_linear(normed, fc1_weight, fc1_bias, in_out)
+        inner = torch_linear(normed, fc1_weight, None, in_out)
         extension().bias_activation(
             inner.data_ptr(),
             inner.data_ptr(),
-            0,
+            address(fc1_bias),
             rows,
             inner.shape[1],
             ACTIVATION_CODES[activation],
             *place(inner),
         )
         residual = flat if add_residual else None
-        out = project_out(inner, fc2_weight, fc2_bias, in_out, norm, residual)
-        return out.view(hidden_states.shape)
+        result = project_out(inner, fc2_weight, fc2_bias, in_out, norm, residual, out)
+        return result.view(hidden_states.shape)
     module, where = extension(), place(hidden_states)
     nbytes = module.ffn_workspace_bytes(rows, hidden_size, intermediate_size, where[0], where[1])
-    out = torch.empty_like(hidden_states)
+    out = torch.empty_like(hidden_states) if out is None else out
     workspace = torch.empty(nbytes, dtype=torch.uint8, device=hidden_states.device)
     module.ffn(
         out.data_ptr(),

@@ -42,6 +42,7 @@ def embedding(
     norm_bias: Tensor | None = None,
     eps: float = 1e-12,
     word_scale: float = 1.0,
+    tokens: Tensor | None = None,
 ) -> Tensor:
     """Sum word, position and token type rows, and normalise the sum if `norm_weight` is given.
 
@@ -59,8 +60,10 @@ def embedding(
         norm_weight, norm_bias: (hidden_size,), as word_weight, or None.
         eps: added to the variance.
         word_scale: factor of the word rows (fairseq's sqrt(embed_dim)).
+        tokens: (count,) int32, places in the flattened input_ids; a negative one yields zeros.
     Returns:
-        (batch_size, seq_len, hidden_size), dtype and device of word_weight.
+        (batch_size, seq_len, hidden_size), dtype and device of word_weight; with `tokens` (count,
+        hidden_size).
     Raises:
         ValueError, TypeError: on a shape, dtype, device or layout other than these.
         IndexError: an id outside its table (CPU; on CUDA the kernel traps, as torch's does).
@@ -92,13 +95,55 @@ def embedding(
             check_shape(ids, (batch_size if ids.shape[0] != 1 else 1, seq_len), name)
     check_vector(norm_weight, hidden_size, word_weight, "norm_weight")
     check_vector(norm_bias, hidden_size, word_weight, "norm_bias")
-    out = word_weight.new_empty(batch_size, seq_len, hidden_size)
+    if tokens is None:
+        out = word_weight.new_empty(batch_size, seq_len, hidden_size)
+    else:
+        if tokens.dtype != torch.int32 or tokens.device != word_weight.device:
+            raise TypeError(
+                f"tokens must be int32 on {word_weight.device}, got {tokens.dtype} "
+                f"on {tokens.device}"
+            )
+        check_dim(tokens, 1, "tokens")
+        check_contiguous(tokens, "tokens")
+        out = word_weight.new_empty(tokens.shape[0], hidden_size)
     if out.numel() == 0:
         return out
     for weight in (word_weight, position_weight, token_type_weight):
         if weight is not None and weight.shape[0] == 0:
             # It has no address, by which the kernel would take it for a table that was left out.
             raise IndexError("eet_patch.embedding: index out of range of its table")
+    return launch_embedding(
+        out,
+        input_ids,
+        word_weight,
+        position_ids,
+        position_weight,
+        token_type_ids,
+        token_type_weight,
+        norm_weight,
+        norm_bias,
+        eps,
+        word_scale,
+        tokens,
+    )
+
+
+def launch_embedding(
+    out: Tensor,
+    input_ids: Tensor,
+    word_weight: Tensor,
+    position_ids: Tensor | None,
+    position_weight: Tensor | None,
+    token_type_ids: Tensor | None,
+    token_type_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    word_scale: float = 1.0,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """`embedding` without its checks; `tokens` may be longer than `out`."""
+    hidden_size = word_weight.shape[1]
     extension().embedding(
         out.data_ptr(),
         word_weight.data_ptr(),
@@ -109,7 +154,7 @@ def embedding(
         _address(token_type_ids if token_type_weight is not None else None),
         _address(norm_weight),
         _address(norm_bias),
-        batch_size * seq_len,
+        out.numel() // hidden_size,
         hidden_size,
         word_weight.shape[0],
         0 if position_weight is None else position_weight.shape[0],
@@ -119,6 +164,7 @@ def embedding(
         word_scale,
         eps,
         *place(word_weight),
+        tokens=_address(tokens),
     )
     return out
 

@@ -8,6 +8,7 @@ out_features), as transformers' Conv1D keeps it, and not (out, in).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -81,6 +82,46 @@ def uses_our_products(tensor: Tensor, rows: int) -> bool:
     if tensor.dtype == torch.float32:
         return CPU_PRODUCTS_ARE_OURS or rows <= MAX_SKINNY_ROWS
     return tensor.dtype == torch.float16 or rows <= MAX_BFLOAT16_ROWS_ON_CPU
+
+
+@functools.cache
+def is_flash_attention_available() -> bool:
+    return torch.backends.cuda.is_flash_attention_available()
+
+
+@functools.cache
+def has_cudnn_attention(device: int) -> bool:
+    """Whether torch's cuDNN attention serves sequences of one length: 10 us where flash attention
+    takes 14 (H100, fp16, 32 sequences of 128, 12 heads of 64).
+    """
+    if torch.cuda.get_device_capability(device) < (9, 0) or not torch.backends.cudnn.enabled:
+        return False
+    sizes = (1, 1, 64, 64)
+    probe = torch.zeros(sizes, dtype=torch.float16, device=torch.device("cuda", device))
+    try:
+        _cudnn_attention(*(probe[0].transpose(0, 1),) * 3, 1, False, 1.0)
+    except (RuntimeError, AttributeError):
+        return False
+    return True
+
+
+def _cudnn_attention(
+    query: Tensor, key: Tensor, value: Tensor, batch: int, causal: bool, softmax_scale: float
+) -> Tensor:
+    """(batch * seq_len, num_heads, head_dim) in and out. The op itself, since which one
+    scaled_dot_product_attention takes is a setting of the whole process.
+    """
+    query, key, value = (t.unflatten(0, (batch, -1)).transpose(1, 2) for t in (query, key, value))
+    context = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, False, 0.0, causal, False, scale=softmax_scale
+    )[0]
+    return context.transpose(1, 2).flatten(0, 1)
+
+
+@functools.cache
+def has_tensor_cores(device: int) -> bool:
+    """Of the kind that torch's flash attention is written for."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def linear(
@@ -160,6 +201,17 @@ def _torch_attends(
     return not causal or (mask_tensor is None and query.shape[2] == key.shape[2])
 
 
+def _torch_attends_packed(query: Tensor) -> bool:
+    """Whether torch's flash attention over packed sequences is there: it was measured faster than
+    ours at every length (H100, fp16, 12 heads of 64: 6.4 us against 8.3 for one sequence of 128,
+    15 against 20 for 32 of them, 14 against 30 for 32 of 8 to 128).
+    """
+    if query.device.type != "cuda" or query.dtype == torch.float32 or query.shape[2] % 8:
+        return False
+    allowed = torch.backends.cuda.flash_sdp_enabled() and is_flash_attention_available()
+    return allowed and has_tensor_cores(query.device.index)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -171,11 +223,14 @@ def attention(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
     mask_tensor: Tensor | None = None,
+    short_cu_seqlens: Tensor | None = None,
+    num_alike: int = 0,
 ) -> Tensor:
     """query (batch, num_heads, q_len, head_dim), key and value (batch, num_kv_heads, kv_len,
     head_dim), any strides but a contiguous last dimension; returns (batch, q_len, num_heads,
     head_dim), contiguous. Packed (cu_seqlens given): (total_tokens, num_heads, head_dim) in and
-    out.
+    out; with `short_cu_seqlens`, the same as int32, torch's attention may have it, and `num_alike`
+    says that the tokens are those of so many sequences of one length.
     """
     if _torch_attends(query, key, mask, causal, kv_start, cu_seqlens, mask_tensor):
         context = F.scaled_dot_product_attention(
@@ -188,6 +243,23 @@ def attention(
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return context.transpose(1, 2).contiguous()
+    if short_cu_seqlens is not None and _torch_attends_packed(query):
+        alike = num_alike and torch.backends.cuda.cudnn_sdp_enabled()
+        if alike and has_cudnn_attention(query.device.index):
+            return _cudnn_attention(query, key, value, num_alike, causal, softmax_scale)
+        return torch.ops.aten._flash_attention_forward(
+            query,
+            key,
+            value,
+            short_cu_seqlens,
+            short_cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            0.0,
+            causal,
+            False,
+            scale=softmax_scale,
+        )[0]
     if cu_seqlens is None:
         batch, num_heads, q_len, head_dim = query.shape
         num_kv_heads, kv_len = key.shape[1], key.shape[2]

@@ -1,0 +1,162 @@
+// Where the real tokens of a padded batch stand once the padding is taken out: one kernel counts
+// each row's tokens and looks whether the mask is one of padding alone, a second places them. The
+// second's blocks add up the counts of all rows themselves, which spares a third.
+#include "common/attention_mask.cuh"
+#include "common/launch.cuh"
+#include "common/reduce.cuh"
+
+namespace eet_patch::cuda {
+namespace {
+
+constexpr int kCountThreads = 1024;
+constexpr int kPlaceWarps = 8;
+constexpr int kPlaceThreads = kPlaceWarps * kWarpSize;
+
+// A block owns a row of the batch. Leaves 0 or -1 in `rows` and the count and verdict of its row in
+// `scratch`. Reads a mask that differs from query to query twice, else once.
+template <typename T>
+__global__ void __launch_bounds__(kCountThreads) count_tokens_kernel(const PackTokensArgs p) {
+  const int seq_len = static_cast<int>(p.seq_len), row = blockIdx.x;
+  int32_t* rows = p.rows + row * p.seq_len;
+  const int64_t entries = p.num_heads * p.q_len * p.seq_len;
+  const int64_t base = row * p.mask.batch_stride;
+  auto term = [&](int64_t entry, int key) {
+    const int64_t line = entry / seq_len;
+    return mask_term<T>(p.mask, base + line / p.q_len * p.mask.head_stride +
+                                    line % p.q_len * p.mask.query_stride + key * p.mask.key_stride);
+  };
+  for (int key = threadIdx.x; key < seq_len; key += kCountThreads) rows[key] = -1;
+  __syncthreads();
+  bool more = false;
+#pragma unroll 4
+  for (int64_t entry = threadIdx.x; entry < entries; entry += kCountThreads) {
+    const int key = static_cast<int>(entry % seq_len);
+    const float found = term(entry, key);
+    if (found == 0.0f) {
+      rows[key] = 0;  // whoever writes it, writes the same
+    } else if (found != -INFINITY) {
+      more = true;  // a bias, or a NaN
+    }
+  }
+  __syncthreads();
+  if (entries > seq_len) {
+#pragma unroll 4
+    for (int64_t entry = threadIdx.x; entry < entries; entry += kCountThreads) {
+      const int key = static_cast<int>(entry % seq_len);
+      const int query = static_cast<int>(entry / seq_len % p.q_len);
+      if (p.q_len > 1 && rows[query] != 0) continue;
+      more = more || (term(entry, key) == 0.0f) != (rows[key] == 0);
+    }
+  }
+  int kept = 0;
+  for (int first = 0; first < seq_len; first += kCountThreads) {
+    const int key = first + threadIdx.x;
+    kept += __syncthreads_count(key < seq_len && rows[key] == 0);
+  }
+  const int any = __syncthreads_or(more);
+  if (threadIdx.x == 0) {
+    p.scratch[row] = kept;
+    p.scratch[p.batch + row] = any;
+  }
+}
+
+__device__ __forceinline__ int block_total(int value, int* shared) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
+    value += __shfl_xor_sync(kFullMask, value, offset);
+  __syncthreads();
+  if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  value = 0;
+#pragma unroll
+  for (int warp = 0; warp < kPlaceWarps; ++warp) value += shared[warp];
+  return value;
+}
+
+// A block owns a row of the batch and writes the places of its tokens. Reads every row's count.
+__global__ void __launch_bounds__(kPlaceThreads) place_tokens_kernel(const PackTokensArgs p) {
+  __shared__ int shared[kPlaceWarps];
+  const int row = blockIdx.x, batch = static_cast<int>(p.batch);
+  const int seq_len = static_cast<int>(p.seq_len);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  int before = 0, total = 0, longest = 0;
+  bool more = false;
+  for (int i = threadIdx.x; i < batch; i += kPlaceThreads) {
+    const int count = p.scratch[i];
+    total += count;
+    if (i < row) before += count;
+    longest = max(longest, count);
+    more = more || p.scratch[batch + i] != 0;
+  }
+  total = block_total(total, shared);
+  before = block_total(before, shared);
+  const int any = __syncthreads_or(more);
+
+  int32_t* rows = p.rows + row * p.seq_len;
+  int next = before, padding = total + static_cast<int>(row * p.seq_len) - before;
+  for (int first = 0; first < seq_len; first += kPlaceThreads) {
+    const int key = first + threadIdx.x;
+    const bool inside = key < seq_len, kept = inside && rows[key] == 0;
+    const unsigned mine = __ballot_sync(kFullMask, kept);
+    __syncthreads();  // the last chunk's counts have been read
+    if (lane == 0) shared[warp] = __popc(mine);
+    __syncthreads();
+    int ahead = 0, chunk = 0;  // kept in this chunk: before this thread, and in all
+#pragma unroll
+    for (int other = 0; other < kPlaceWarps; ++other) {
+      if (other < warp) ahead += shared[other];
+      chunk += shared[other];
+    }
+    ahead += __popc(mine & ((1u << lane) - 1));
+    if (kept) {
+      rows[key] = next + ahead;
+      p.tokens[next + ahead] = static_cast<int32_t>(row * p.seq_len) + key;
+    } else if (inside) {
+      p.tokens[padding + static_cast<int>(threadIdx.x) - ahead] = -1;
+    }
+    next += chunk;
+    padding += min(kPlaceThreads, seq_len - first) - chunk;
+  }
+
+  if (threadIdx.x == 0) {
+    p.cu_seqlens[row] = before;
+    p.short_cu_seqlens[row] = before;
+  }
+  if (row != 0) return;
+  for (int64_t i = p.batch + threadIdx.x; i <= p.max_batch; i += kPlaceThreads) {
+    p.cu_seqlens[i] = total;
+    p.short_cu_seqlens[i] = total;
+  }
+  for (int64_t i = p.batch * p.seq_len + threadIdx.x; i < p.capacity; i += kPlaceThreads)
+    p.tokens[i] = -1;
+  __syncthreads();
+  if (threadIdx.x == 0) shared[0] = 0;
+  __syncthreads();
+  atomicMax(shared, longest);  // of integers: the order does not matter
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    p.summary[0] = total;
+    p.summary[1] = shared[0];
+    p.summary[2] = any;
+    __threadfence_system();
+    *static_cast<volatile int64_t*>(p.summary + 3) = p.ticket;
+  }
+}
+
+}  // namespace
+
+Status pack_tokens(const PackTokensArgs& args, const Context& context) {
+  if (args.batch == 0 || args.seq_len == 0) return Status{Status::kUnsupported};
+  LaunchConfig config;
+  config.stream = stream_of(context);
+  config.grid = dim3(static_cast<unsigned>(args.batch));
+  config.block = dim3(kCountThreads);
+  cudaError_t error = dispatch_dtype(args.dtype, [&](auto element) {
+    return launch(config, count_tokens_kernel<decltype(element)>, args);
+  });
+  config.block = dim3(kPlaceThreads);
+  if (error == cudaSuccess) error = launch(config, place_tokens_kernel, args);
+  return to_status(error);
+}
+
+}  // namespace eet_patch::cuda

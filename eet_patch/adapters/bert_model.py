@@ -1,0 +1,200 @@
+"""BertModel and the models that are BertModel under another name, whole: real tokens alone are
+embedded and go through the layers. The host's own pooler runs over the result.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from eet_patch.adapters import bert_encoder
+from eet_patch.adapters.encoder import Encoder, Encoders
+from eet_patch.adapters.host import (
+    dropout_reason,
+    is_recording_hook,
+    norm_reason,
+    other_arguments_reason,
+    recorder,
+    version_before,
+)
+from eet_patch.encoding.packed import Batch
+from eet_patch.gates import (
+    note_sound,
+    parameter_reason,
+    still_sound,
+    submodule_reason,
+)
+from eet_patch.ops._extension import NO_MASK
+from eet_patch.ops.elementwise import launch_embedding
+from eet_patch.ops.launch import Mask
+from eet_patch.ops.packing import padding_mask_form
+from eet_patch.patching import Adapter
+
+KNOWN = frozenset(
+    {"input_ids", "attention_mask", "token_type_ids", "position_ids", "return_dict"}
+    | {"output_attentions"}
+)
+RECORDED = ("output_attentions", "output_hidden_states")
+TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+
+
+class Plan(NamedTuple):
+    encoder: Encoder
+    mask: Mask
+
+
+def _word_weight(model: Any, arguments: dict[str, Any]) -> Any:
+    return model._modules["embeddings"]._modules["word_embeddings"]._parameters["weight"]
+
+
+def _prefix(cls: type) -> str:
+    return cls.__name__.removesuffix("Model")
+
+
+def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
+    host, before_5 = vars(sys.modules[cls.__module__]), version_before("5.0")
+    prefix = _prefix(cls)
+    encoder_class = host[f"{prefix}Encoder"]
+    embeddings_class = host.get(f"{prefix}Embeddings") or host[f"{prefix}ForTextEmbeddings"]
+    encoders = Encoders(bert_encoder.kind(f"{prefix}Layer"), encoder_class)
+    make_output = host["BaseModelOutputWithPoolingAndCrossAttentions"]
+    # Of the padded ids: where the family counts positions from the padding token on.
+    positions_of = getattr(embeddings_class, "create_position_ids_from_input_ids", None)
+    positions_of = positions_of or host.get("create_position_ids_from_input_ids")
+
+    def plan(model: Any, arguments: dict[str, Any]) -> Plan | str:
+        reason = other_arguments_reason(arguments, KNOWN)
+        reason = reason or _output_reason(model.config, arguments)
+        if reason is not None:
+            return reason
+        modules = model._modules
+        embeddings, stack = modules["embeddings"], modules["encoder"]
+        word_weight = embeddings._modules["word_embeddings"]._parameters["weight"]
+        reason = submodule_reason(stack, encoder_class, is_recording_hook)
+        reason = reason or _ids_reason(embeddings, arguments, word_weight)
+        if reason is not None:
+            return reason
+        if not still_sound(embeddings, word_weight):
+            reason = _embeddings_reason(embeddings, embeddings_class, word_weight)
+            if reason is not None:
+                return reason
+            note_sound(embeddings, word_weight)
+        found = encoders.checked(stack, word_weight)
+        if isinstance(found, str):
+            return found
+        mask = arguments.get("attention_mask")
+        if mask is None:
+            return Plan(found, NO_MASK)
+        batch_size, seq_len = arguments["input_ids"].shape
+        sizes = (batch_size, found.layers[0].num_heads, seq_len, seq_len)
+        return Plan(found, padding_mask_form(mask, sizes, word_weight))
+
+    def forward(plan: Plan, model: Any, arguments: dict[str, Any]) -> Any:
+        input_ids = arguments["input_ids"]
+        embeddings = model._modules["embeddings"]
+        word_weight = _word_weight(model, arguments)
+        if before_5 and arguments.get("attention_mask") is None:
+            model.warn_if_padding_and_no_attention_mask(input_ids, None)
+        batch_size, seq_len = input_ids.shape
+        embed = partial(_embed, embeddings, arguments, positions_of)
+        batch = Batch(batch_size, seq_len, word_weight.shape[1], word_weight, plan.mask, embed)
+        hidden_states = encoders.run(plan.encoder, batch)
+        pooler = model.pooler  # no module where there is none
+        pooled = pooler(hidden_states) if pooler is not None else None
+        return make_output(last_hidden_state=hidden_states, pooler_output=pooled)
+
+    return Adapter(plan, forward, operand=_word_weight)
+
+
+def _output_reason(config: Any, arguments: dict[str, Any]) -> str | None:
+    if config.is_decoder:
+        return "the model is a decoder"
+    asked = [getattr(config, name) or arguments.get(name) for name in RECORDED]
+    if any(asked) or recorder():
+        return "outputs of the layers are recorded"
+    return_dict = arguments.get("return_dict")
+    if not (config.return_dict if return_dict is None else return_dict):
+        return "a tuple is to be returned"
+    return None
+
+
+def _ids_reason(embeddings: Any, arguments: dict[str, Any], like: Tensor) -> str | None:
+    input_ids = arguments.get("input_ids")
+    if type(input_ids) is not Tensor:
+        return f"input_ids is a {type(input_ids).__name__}"
+    if input_ids.dim() != 2 or not input_ids.numel():
+        return f"input_ids have shape {tuple(input_ids.shape)}"
+    shape = input_ids.shape
+    if shape[1] > embeddings._buffers["position_ids"].shape[1]:
+        return "the sequence is longer than the table of positions"
+    ids = ("input_ids", "token_type_ids", "position_ids")
+    for name in (*ids, "attention_mask"):
+        given = arguments.get(name)
+        if given is None:
+            continue
+        if type(given) is not Tensor or given.device != like.device:
+            return f"{name} is not a tensor on {like.device}"
+        if given.dtype != torch.int64 and (name in ids or given.dtype != torch.bool):
+            return f"{name} is {given.dtype}"
+        if given.shape != shape and (name != "position_ids" or given.shape != (1, shape[1])):
+            return f"{name} has shape {tuple(given.shape)}"
+        if name in ids and not given.is_contiguous():
+            return f"{name} is not contiguous"
+    return None
+
+
+def _embeddings_reason(embeddings: Any, cls: type, like: Tensor) -> str | None:
+    reason = submodule_reason(embeddings, cls)
+    if reason is not None:
+        return reason
+    if getattr(embeddings, "position_embedding_type", "absolute") != "absolute":
+        return f"positions are {embeddings.position_embedding_type}"
+    modules, hidden_size = embeddings._modules, like.shape[1]
+    for name in TABLES:
+        table = modules[name]
+        reason = submodule_reason(table, nn.Embedding)
+        if reason is None and table.max_norm is not None:
+            reason = "an embedding has a max_norm"
+        weight = table._parameters.get("weight")
+        rows = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else 0
+        reason = reason or parameter_reason(weight, like, (rows, hidden_size))
+        if reason is not None:
+            return reason
+    norm, dropout = modules["LayerNorm"], modules["dropout"]
+    return (
+        submodule_reason(norm, nn.LayerNorm)
+        or norm_reason(norm, like, hidden_size)
+        or submodule_reason(dropout, nn.Dropout)
+        or dropout_reason(embeddings, dropout)
+    )
+
+
+def _embed(
+    embeddings: Any, arguments: dict[str, Any], positions_of: Any, tokens: Tensor, out: Tensor
+) -> None:
+    modules, input_ids = embeddings._modules, arguments["input_ids"]
+    word, position, token_type = (modules[name]._parameters["weight"] for name in TABLES)
+    positions = arguments.get("position_ids")
+    if positions is None and positions_of is not None:
+        positions = positions_of(input_ids, embeddings.padding_idx)
+    elif positions is None:
+        positions = embeddings._buffers["position_ids"][:, : input_ids.shape[1]]
+    norm = modules["LayerNorm"]
+    launch_embedding(
+        out,
+        input_ids,
+        word,
+        positions,
+        position,
+        arguments.get("token_type_ids"),
+        token_type,
+        norm._parameters["weight"],
+        norm._parameters["bias"],
+        norm.eps,
+        tokens=tokens,
+    )

@@ -1,0 +1,296 @@
+"""The graphs of encoders on CUDA, and the buffers that they read and write: bounded, reported,
+freed with the model, by `disable()` and after an out-of-memory.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from eet_patch import patching, reporting
+from eet_patch.generation.step import plain_tensors
+from eet_patch.ops._extension import extension
+from eet_patch.ops.packing import Starts
+
+if TYPE_CHECKING:
+    from eet_patch.encoding.packed import EncoderLayer, Shape
+
+MAX_STEPS = 2  # of an encoder: one for each stream that calls it
+MAX_GRAPHS = 48  # of a step; the one that has waited longest gives way
+MAX_SEEN = 512  # shapes that a graph is made for when they come again
+# Buffers and scratch of a step. A batch of more tokens than fit keeps the GPU busy for longer than
+# its launches take, and runs without a graph.
+MAX_BYTES = 256 * 2**20
+LEAST_ROWS = 1024
+LEAST_BATCH = 256
+# Rows of hidden states that are alive at once, at most, while a layer runs: input, query, key,
+# value and context; or input, the inner rows (4 as wide, mostly) and their product.
+ROWS_ALIVE = 8
+
+_lock = threading.Lock()
+_capturing = threading.Lock()
+_capture_streams: dict[tuple[int, int], torch.cuda.Stream] = {}
+_steps: weakref.WeakKeyDictionary[Any, list[Step]] = weakref.WeakKeyDictionary()
+
+
+class Answer:
+    """Where the device says what it found in a mask: pinned memory, one call after the other."""
+
+    def __init__(self) -> None:
+        with plain_tensors():
+            self.summary = torch.zeros(4, dtype=torch.int64, pin_memory=True)
+        self.ticket = 0
+
+    def next(self) -> Answer:
+        self.ticket += 1
+        return self
+
+    def wait(self, like: Tensor) -> tuple[int, int, int]:
+        """The number of real tokens, the length of the longest row, whether the mask says more."""
+        index = like.device.index
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        return extension().await_summary(self.summary.data_ptr(), self.ticket, index, stream)
+
+
+class Graph:
+    """A CUDA graph of torch's launches and ours, for replay on one stream. What they allocate comes
+    from a pool of its own, which all graphs of a step share: they run one after the other.
+    """
+
+    def __init__(self, device: torch.device, stream: int, pool: Any) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        self._device, self._key = device, (device.index, stream)
+        self._pool = pool
+
+    def capture(self, launch: Callable[[], None]) -> None:
+        with _capturing:
+            # cuBLAS has a workspace of 32 MiB for each stream that it was called on, also where
+            # that stream was only captured: graphs that can't run at the same time share one.
+            stream = _capture_streams.get(self._key)
+            if stream is None:
+                stream = _capture_streams[self._key] = torch.cuda.Stream(self._device)
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                # Other threads may go on to allocate and to synchronise.
+                self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    launch()
+                finally:
+                    self._graph.capture_end()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+def _settings() -> tuple[object, ...]:
+    """Of torch, which a graph of its products and attentions bakes in."""
+    cuda = torch.backends.cuda
+    try:
+        float32 = cuda.matmul.allow_tf32
+    except RuntimeError:  # set by the interface that torch has beside it from 2.9 on
+        float32 = cuda.matmul.fp32_precision  # type: ignore[attr-defined]
+    return (
+        float32,
+        cuda.matmul.allow_fp16_reduced_precision_reduction,
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
+        cuda.flash_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )
+
+
+def _keep(held: OrderedDict[Any, Any], key: object, value: object, most: int) -> None:
+    """The newest `most` of them stay."""
+    held[key] = value
+    held.move_to_end(key)
+    while len(held) > most:
+        held.popitem(last=False)
+
+
+class Step:
+    """The buffers of one encoder on one stream, and the graphs over them."""
+
+    def __init__(self, like: Tensor, hidden_size: int, stream: int) -> None:
+        self.busy = False
+        self.stream = stream
+        self._layers: object = None
+        self._device, self._hidden_size = like.device, hidden_size
+        self._like = torch.empty(0, dtype=like.dtype, device=like.device)
+        self._graphs: OrderedDict[tuple[object, ...], Graph] = OrderedDict()
+        self._seen: OrderedDict[tuple[object, ...], None] = OrderedDict()
+        self._graphs_work = True
+        self._hidden_states: Tensor | None = None
+        self._pool: Any = None
+        self._pool_bytes = 0
+        self.answer = Answer()
+        with plain_tensors():
+            self.starts = Starts.empty(LEAST_BATCH, like.device)
+
+    def fits(self, like: Tensor, hidden_size: int) -> bool:
+        mine = (self._like.dtype, self._device, self._hidden_size)
+        return mine == (like.dtype, like.device, hidden_size)
+
+    def begin(self, layers: object, max_batch: int) -> None:
+        """Makes the step ready for a call of up to `max_batch` sequences."""
+        if self._layers is not layers:
+            self.clear()
+        self._layers = layers
+        if self.starts.cu_seqlens.shape[0] <= max_batch:
+            self._graphs.clear()
+            with plain_tensors():
+                self.starts = Starts.empty(max_batch, self._device)
+
+    def clear(self) -> None:
+        self._graphs.clear()
+        self._hidden_states, self._pool, self._pool_bytes = None, None, 0
+
+    def nbytes(self) -> int:
+        held = 0 if self._hidden_states is None else self._hidden_states.nbytes
+        return held + sum(t.nbytes for t in self.starts) + self._pool_bytes
+
+    def num_graphs(self) -> int:
+        return len(self._graphs)
+
+    def buffer(self, rows: int) -> Tensor | None:
+        """(rows, hidden_size) for the first layer's input, at the same address for as long as
+        graphs hold it; None where there are no graphs.
+        """
+        if not self._graphs_work:
+            return None
+        if self._hidden_states is not None and self._hidden_states.shape[0] >= rows:
+            return self._hidden_states[:rows]
+        row_bytes = self._hidden_size * self._like.itemsize * (1 + ROWS_ALIVE)
+        capacity = max(LEAST_ROWS, 1 << (rows - 1).bit_length())
+        if capacity * row_bytes > MAX_BYTES:
+            capacity = rows
+        if capacity * row_bytes > MAX_BYTES:
+            return None
+        self.clear()  # before the larger ones are there
+        with plain_tensors():
+            self._hidden_states = self._like.new_empty(capacity, self._hidden_size)
+        return self._hidden_states[:rows]
+
+    def run(
+        self, shape: Shape, layers: Sequence[EncoderLayer], again: Callable[[], None]
+    ) -> Tensor:
+        """The rows in the buffer after the last layer; the step's next call overwrites them.
+        `again` writes the first layer's input to the buffer once more.
+        """
+        from eet_patch.encoding.packed import run_layers
+
+        assert self._hidden_states is not None
+        buffer = self._hidden_states[: shape.rows]
+        key = (shape, _settings())
+        graph = self._graphs.get(key)
+        # Once without a graph: a shape may never come again, and kernels are loaded at their first
+        # launch, which a capture must not do.
+        if graph is None and key in self._seen:
+            graph = self._captured(buffer, layers, shape)
+        if graph is None:
+            _keep(self._seen, key, None, MAX_SEEN)
+            return run_layers(buffer, layers, self.starts, shape)
+        try:
+            graph.replay()
+        except RuntimeError as error:
+            self._give_up("launch", error)
+            again()
+            return run_layers(buffer, layers, self.starts, shape)
+        _keep(self._graphs, key, graph, MAX_GRAPHS)
+        return buffer
+
+    def _captured(
+        self, buffer: Tensor, layers: Sequence[EncoderLayer], shape: Shape
+    ) -> Graph | None:
+        from eet_patch.encoding.packed import run_layers
+
+        def launch() -> None:
+            if self._pool_bytes == 0:
+                # One block for all graphs, out of which each takes its own: grown from graph to
+                # graph, the pool would keep what is too small for the next.
+                assert self._hidden_states is not None
+                self._hidden_states.new_empty(ROWS_ALIVE, *self._hidden_states.shape)
+            # Onto the buffer that it came from: one address serves all graphs.
+            run_layers(buffer, layers, self.starts, shape, buffer)
+
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        before = torch.cuda.memory_reserved(self._device)
+        graph = Graph(self._device, self.stream, self._pool)
+        try:
+            with plain_tensors():
+                graph.capture(launch)
+        except RuntimeError as error:
+            self._give_up("capture", error)
+            return None
+        self._pool_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
+        return graph
+
+    def _give_up(self, what: str, error: RuntimeError) -> None:
+        self._graphs_work = False
+        self.clear()  # the memory may be short
+        warnings.warn(
+            f"eet_patch could not {what} the layers of an encoder ({error}); they run without a "
+            "CUDA graph, at the speed of their launches",
+            stacklevel=3,
+        )
+
+
+def borrow(
+    owner: Any, layers: object, like: Tensor, hidden_size: int, max_batch: int
+) -> Step | None:
+    """A step of `owner` on the current stream, nobody else's until it is given back; None where
+    others hold all there may be.
+    """
+    stream = torch._C._cuda_getCurrentRawStream(like.device.index)
+    with _lock:
+        steps = _steps.setdefault(owner, [])
+        steps[:] = [step for step in steps if step.busy or step.fits(like, hidden_size)]
+        step = next((s for s in steps if s.stream == stream), None)
+        if step is None and len(steps) < MAX_STEPS:
+            step = Step(like, hidden_size, stream)
+            steps.append(step)
+        if step is None or step.busy or not step.fits(like, hidden_size):
+            return None
+        step.busy = True
+    try:
+        step.begin(layers, max_batch)
+    except BaseException:
+        give_back(step)
+        raise
+    return step
+
+
+def give_back(step: Step) -> None:
+    step.busy = False
+
+
+def release() -> None:
+    """Frees all graphs and buffers."""
+    with _lock:
+        held = bool(_steps)
+        _steps.clear()
+    if held:
+        torch.cuda.empty_cache()  # what was a graph's goes nowhere else by itself
+
+
+def _all_steps() -> list[Step]:
+    with _lock:
+        return [step for steps in _steps.values() for step in steps]
+
+
+def held_bytes() -> int:
+    return sum(step.nbytes() for step in _all_steps())
+
+
+def num_graphs() -> int:
+    return sum(step.num_graphs() for step in _all_steps())
+
+
+reporting.MEMORY["encoder steps (packed tokens, scratch of graphs)"] = held_bytes
+patching.at_disable(release)

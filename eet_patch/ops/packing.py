@@ -1,0 +1,162 @@
+"""Padded batches without their padding: which tokens are real, and rows moved by index."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eet_patch.ops._extension import MASK_INT_KEEP, extension, place
+from eet_patch.ops.checks import check_contiguous, check_dim, check_operand, check_tensor
+from eet_patch.ops.launch import Mask
+from eet_patch.ops.masks import attention_mask_form
+
+
+class Packing(NamedTuple):
+    """Where the real tokens of a padded batch stand.
+
+    Attributes:
+        tokens: (capacity,) int32, the place in the padded batch of each real token, then -1.
+        rows: (batch_size * seq_len,) int32, the inverse: -1 at padding.
+        cu_seqlens: (max_batch + 1,) int64, where each row's tokens start; the end behind them.
+        short_cu_seqlens: the same as int32.
+        summary: (3,) int64: the number of real tokens, the length of the longest row, and 1 if the
+            mask says more than which tokens are padding; of use is only what follows a 0 there.
+    """
+
+    tokens: Tensor
+    rows: Tensor
+    cu_seqlens: Tensor
+    short_cu_seqlens: Tensor
+    summary: Tensor
+
+
+class Starts(NamedTuple):
+    """The part of a `Packing` that a captured graph reads, and that may live longer than a call."""
+
+    cu_seqlens: Tensor
+    short_cu_seqlens: Tensor
+
+    @classmethod
+    def empty(cls, max_batch: int, device: torch.device) -> Starts:
+        starts = torch.empty(max_batch + 1, dtype=torch.int64, device=device)
+        return cls(starts, torch.empty_like(starts, dtype=torch.int32))
+
+
+def padding_mask_form(mask: Tensor, sizes: tuple[int, int, int, int], like: Tensor) -> Mask:
+    """A mask as `pack_tokens` takes it: (batch, seq_len) bool or int64, or 4-D as attention's."""
+    if mask.dim() == 2 and tuple(mask.shape) == (sizes[0], sizes[3]):
+        if mask.dtype == torch.int64:
+            return (mask.data_ptr(), MASK_INT_KEEP, mask.stride(0), 0, 0, mask.stride(1))
+        return attention_mask_form(mask[:, None, None], like, sizes)
+    return attention_mask_form(mask, like, sizes)
+
+
+def launch_pack_tokens(
+    mask: Mask,
+    batch: int,
+    num_heads: int,
+    seq_len: int,
+    capacity: int,
+    max_batch: int,
+    like: Tensor,
+    starts: Starts | None = None,
+    summary: Tensor | None = None,
+    ticket: int = 0,
+) -> Packing:
+    """`pack_tokens` without its checks, for a mask over (batch, num_heads, seq_len, seq_len). A
+    `summary` (4,) in pinned memory gets the `ticket` last.
+    """
+    device, padded = like.device, batch * seq_len
+    cu_seqlens, short_cu_seqlens = starts or Starts.empty(max_batch, device)
+    integers = torch.empty(capacity + padded + 2 * batch, dtype=torch.int32, device=device)
+    tokens, rows, scratch = integers.split((capacity, padded, 2 * batch))
+    if summary is None:
+        summary = torch.empty(4, dtype=torch.int64, device=device)
+    extension().pack_tokens(
+        tokens.data_ptr(),
+        rows.data_ptr(),
+        cu_seqlens.data_ptr(),
+        short_cu_seqlens.data_ptr(),
+        summary.data_ptr(),
+        ticket,
+        scratch.data_ptr(),
+        mask,
+        num_heads if mask[3] else 1,
+        seq_len if mask[4] else 1,
+        batch,
+        seq_len,
+        capacity,
+        max_batch,
+        *place(like),
+    )
+    return Packing(tokens, rows, cu_seqlens, short_cu_seqlens, summary[:3])
+
+
+def pack_tokens(
+    attention_mask: Tensor, num_heads: int = 1, dtype: torch.dtype = torch.float32
+) -> Packing:
+    """Find the real tokens of a padded batch: those whose key is visible to any query.
+
+    Args:
+        attention_mask: (batch_size, seq_len) bool, or int64 of 1 for real tokens and 0 for padding;
+            or (batch_size, 1 or num_heads, 1 or seq_len, seq_len), bool (True = attend) or
+            additive, float32 or `dtype`, as `attention` takes it.
+        num_heads: of a mask that has heads.
+        dtype: which additive masks there are beside float32.
+    Returns:
+        A `Packing` with room for all tokens.
+    Raises:
+        ValueError, TypeError: on a shape, dtype or layout other than these.
+    Source: Zeng et al. 2022 (ByteTransformer, arXiv:2210.03052).
+    """
+    check_tensor(attention_mask, "attention_mask")
+    if attention_mask.dim() not in (2, 4) or not attention_mask.numel():
+        raise ValueError(
+            "attention_mask must have 2 or 4 dimensions, none of them 0, "
+            f"got shape {tuple(attention_mask.shape)}"
+        )
+    batch, seq_len = attention_mask.shape[0], attention_mask.shape[-1]
+    like = torch.empty(0, dtype=dtype, device=attention_mask.device)
+    mask = padding_mask_form(attention_mask, (batch, num_heads, seq_len, seq_len), like)
+    return launch_pack_tokens(mask, batch, num_heads, seq_len, batch * seq_len, batch, like)
+
+
+def launch_gather_rows(rows: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    """`gather_rows` without its checks; `index` may be longer than `out`."""
+    row_bytes = out.shape[-1] * out.itemsize
+    extension().gather_rows(
+        out.data_ptr(),
+        rows.data_ptr(),
+        index.data_ptr(),
+        out.numel() // out.shape[-1],
+        row_bytes,
+        *place(rows),
+    )
+    return out
+
+
+def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """Take rows by index: `out[r] = rows[index[r]]`, zeros where the index is negative.
+
+    Args:
+        rows: (num_rows, hidden_size), contiguous; float32, float16 or bfloat16.
+        index: (count,) int32, below num_rows.
+    Returns:
+        (count, hidden_size).
+    Raises:
+        ValueError, TypeError: on a shape, dtype, device or layout other than these.
+    """
+    check_operand(rows, "rows")
+    check_dim(rows, 2, "rows")
+    check_contiguous(rows, "rows")
+    check_tensor(index, "index")
+    check_dim(index, 1, "index")
+    check_contiguous(index, "index")
+    if index.dtype != torch.int32 or index.device != rows.device:
+        raise TypeError(
+            f"index must be int32 on {rows.device}, got {index.dtype} on {index.device}"
+        )
+    out = rows.new_empty(index.shape[0], rows.shape[1])
+    return launch_gather_rows(rows, index, out) if out.numel() else out
