@@ -17,6 +17,7 @@ from eet_patch.ops.checks import (
     check_shape,
 )
 from eet_patch.ops.launch import MAX_SKINNY_ROWS, address, three_addresses
+from eet_patch.ops.registration import registered, returns_nothing
 
 _LAYER = struct.Struct("18qd")  # struct DecodeLayer of csrc/ops.h
 
@@ -134,6 +135,8 @@ def decode_layers(
 
     `x += out(attention(LN1(x))); x += fc2(activation(fc1(LN2(x))))` for every layer; the new key
     and value are written to the cache. What changes from step to step is read on the device.
+    Weights and caches are reached by address, unseen by torch: a compiled function must not read
+    the caches beside this op.
 
     Args:
         hidden_states: (rows, hidden_size), contiguous; rows <= 64 on CUDA.
@@ -155,6 +158,55 @@ def decode_layers(
         ValueError, TypeError: on a shape, dtype, device or layout other than these.
     Source: Radford et al. 2019 (GPT-2). Replaces the blocks of `GPT2Model` for one new token.
     """
+    _decode_layers(
+        hidden_states,
+        *table,
+        lengths,
+        activation,
+        norm_eps,
+        workspace,
+        out,
+        kv_start,
+        cache_rows,
+        key_rows,
+        max_kv_len,
+    )
+    return out
+
+
+@registered(returns_nothing, mutates=("workspace", "out"), name="decode_layers")
+def _decode_layers(
+    hidden_states: Tensor,
+    table_host: Tensor,
+    table_device: Tensor,
+    num_layers: int,
+    num_qkv_weights: int,
+    in_out: bool,
+    intermediate_size: int,
+    num_heads: int,
+    head_dim: int,
+    capacity: int,
+    lengths: Tensor,
+    activation: str | None,
+    norm_eps: float,
+    workspace: Tensor,
+    out: Tensor,
+    kv_start: Tensor | None,
+    cache_rows: Tensor | None,
+    key_rows: Tensor | None,
+    max_kv_len: int | None,
+) -> None:
+    table = LayerTable(
+        table_host,
+        table_device,
+        num_layers,
+        num_qkv_weights,
+        in_out,
+        intermediate_size,
+        num_heads,
+        head_dim,
+        capacity,
+    )
     check_operand(hidden_states, "hidden_states")
     check_shape(
         hidden_states, (hidden_states.shape[0], table.num_heads * table.head_dim), "hidden_states"
@@ -194,7 +246,6 @@ def decode_layers(
         key_rows,
         max_kv_len,
     )
-    return out
 
 
 def launch_decode_layers(
