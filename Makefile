@@ -27,7 +27,7 @@ test-transformers5: $(VENV)/installed
 	cd integration_tests && ../$(PY) -m pytest -q $(PYTEST_ARGS)
 
 test-transformers4: $(VENV4)/installed
-	cd integration_tests && ../$(PY4) -m pytest -q patching transformers generation $(PYTEST_ARGS)
+	cd integration_tests && ../$(PY4) -m pytest -q patching transformers generation models $(PYTEST_ARGS)
 
 # Trains four small models first, two minutes on two cores, and keeps them in ~/.cache/eet_patch.
 test-fairseq: $(VENVF)/installed
