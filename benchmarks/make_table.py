@@ -1,7 +1,8 @@
-"""Write the README's tables of results from benchmarks/results/*.csv, between marker comments.
+"""Write the tables of results from benchmarks/results/*.csv, between marker comments: those of
+README.md, README_zh.md and docs/.
 
-    python benchmarks/make_table.py          # rewrite README.md
-    python benchmarks/make_table.py --check  # exit 1 if README.md is not what the CSV files give
+    python benchmarks/make_table.py          # rewrite them
+    python benchmarks/make_table.py --check  # exit 1 if one is not what the CSV files give
 
 A table stands between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->`. NAME is a
 benchmark, as `bert_encode`, for a table per device, or `bert_encode:nvidia_h200` for one device.
@@ -11,7 +12,6 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 import gpt2_context
 from harness import BASELINE, PATCHED, RESULTS, ROOT, Row, read_rows
@@ -147,20 +147,21 @@ def targets() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if stale")
     args = parser.parse_args()
-    old = args.readme.read_text(encoding="utf-8")
-    new = fill_in(old)
-    if new == old:
-        print(f"{args.readme.name} is up to date")
-        return 0
-    if args.check:
-        print(f"{args.readme.name} is stale: run python benchmarks/make_table.py", file=sys.stderr)
-        return 1
-    args.readme.write_text(new, encoding="utf-8")
-    print(f"{args.readme.name} rewritten")
-    return 0
+    stale = 0
+    for path in (*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").rglob("*.md"))):
+        old = path.read_text(encoding="utf-8")
+        new = fill_in(old)
+        if new == old:
+            continue
+        if args.check:
+            print(f"{path.name} is stale: run python benchmarks/make_table.py", file=sys.stderr)
+            stale = 1
+        else:
+            path.write_text(new, encoding="utf-8")
+            print(f"{path.name} rewritten")
+    return stale
 
 
 if __name__ == "__main__":

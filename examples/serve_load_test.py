@@ -27,7 +27,7 @@ from pathlib import Path
 SERVER = Path(__file__).with_name("serve.py")
 WORDS = "the a train leaves at nine from old station near river when rain falls people walk home"
 WORDS = [*WORDS.split(), "umbrella", "yesterday", "unfortunately", "council", "temperature", "."]
-TRIES = 30
+SECONDS_TO_TRY = 60
 SECONDS_TO_START = 180
 
 
@@ -131,13 +131,13 @@ class Load:
                 connection.close()
                 return
             body, started = json.dumps({"text": self.texts[index]}), time.perf_counter()
-            for _ in range(TRIES):
+            while time.perf_counter() - started < SECONDS_TO_TRY:
                 status = self.send(connection, index, body)
                 if status == "200":
                     self.seconds.append(time.perf_counter() - started)
                     break
                 self.failures[status] += 1
-                time.sleep(0.1)
+                time.sleep(random.uniform(0.05, 0.2))
 
     def send(self, connection: http.client.HTTPConnection, index: int, body: str) -> str:
         try:
