@@ -120,7 +120,8 @@ def case(
 
     def encode() -> Tensor:
         with torch.inference_mode():
-            return model(**batch)[0].clone()
+            hidden_states: Tensor = model(**batch)[0]
+            return hidden_states.clone()
 
     def generate() -> Tensor:
         count = args.new_tokens

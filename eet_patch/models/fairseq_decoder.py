@@ -302,7 +302,8 @@ class EETTransformerDecoderLayer(Layer):
             hidden_states = self.cross_attention.attend(
                 hidden_states, None, encoder_hidden_states, encoder_attention_mask, cache
             )
-        return self.feed_forward(hidden_states)
+        out: Tensor = self.feed_forward(hidden_states)
+        return out
 
 
 class EETTransformerDecoder(nn.Module):

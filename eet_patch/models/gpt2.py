@@ -266,7 +266,7 @@ class EETGPT2Model(nn.Module):
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states,  # type: ignore[arg-type]
+            last_hidden_state=hidden_states,
             past_key_values=past_key_values,  # type: ignore[arg-type]
         )
 

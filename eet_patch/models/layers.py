@@ -14,6 +14,8 @@ from eet_patch.models.cache import LayerCache
 class Layer(nn.Module):
     """Self-attention, cross-attention where there is one, and feed-forward."""
 
+    feed_forward: FeedForward
+
     def __init__(
         self,
         attention: Attention,
@@ -50,7 +52,8 @@ class Layer(nn.Module):
                 encoder_attention_mask,
                 past_key_values,
             )
-        return self.feed_forward(hidden_states)
+        out: Tensor = self.feed_forward(hidden_states)
+        return out
 
 
 class Stack(nn.Module):

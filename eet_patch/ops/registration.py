@@ -64,7 +64,7 @@ def registered(
             schema=schema_of(function, mutates),
         )
         op.register_fake(_positional(fake, function))
-        overload = op._opoverload
+        overload: Callable[P, R] = op._opoverload
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
