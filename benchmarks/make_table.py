@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable
 
 import gpt2_context
-from harness import BASELINE, PATCHED, RESULTS, ROOT, Row, read_rows
+from harness import BASELINE, PATCHED, RESULTS, ROOT, Row, read_rows, slug
 
 TITLES = {
     BASELINE: "transformers",
@@ -114,7 +114,9 @@ def table(rows: list[Row]) -> str:
         quoted = [QUOTED[case][1](first)] if case in QUOTED else []
         lines.append([model, dtype, batch, length, *times, *ratios, floor, *quoted])
     body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{', '.join(facts)}; medians. `python benchmarks/{case}.py`\n\n{body}\n"
+    picture = f"docs/benchmark_{case}_{slug(rows[0]['device'])}.png"
+    drawn = f"\n![{case} on {rows[0]['device']}]({picture})\n" if (ROOT / picture).exists() else ""
+    return f"{', '.join(facts)}; medians. `python benchmarks/{case}.py`\n\n{body}\n{drawn}"
 
 
 def fill_in(text: str) -> str:
@@ -133,7 +135,43 @@ def fill_in(text: str) -> str:
         text,
         flags=re.S,
     )
+    text = re.sub(
+        r"(<!-- serving -->\n).*?(<!-- /serving -->)",
+        lambda match: f"{match[1]}{serving()}{match[2]}",
+        text,
+        flags=re.S,
+    )
     return MARKER.sub(replace, text)
+
+
+def serving() -> str:
+    """What examples/serve_load_test.py --record measured, a table a device."""
+    tables = []
+    for path in sorted((RESULTS / "serving").glob("*.csv")):
+        rows = read_rows(path)
+        first = rows[0]
+        lines = [
+            ["", "requests a second", "p50, ms", "p99, ms", "lost", "largest difference"],
+            ["---"] + ["---:"] * 5,
+        ]
+        lines += [
+            [
+                TITLES[row["provider"]],
+                row["requests_per_second"],
+                row["p50_ms"],
+                row["p99_ms"],
+                f"{row['lost']} of {row['requests']}",
+                row["max_difference"] or "–",
+            ]
+            for row in rows
+        ]
+        body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        facts = [first["device"], first["model"], f"torch {first['torch']}", first["host"]]
+        facts += [f"{first['clients']} clients", first["date"]]
+        rates = {row["provider"]: float(row["requests_per_second"]) for row in rows}
+        ratio = f"{rates[PATCHED] / rates[BASELINE]:.2f}x the requests"
+        tables.append(f"{', '.join(facts)}: {ratio}.\n\n{body}\n")
+    return "\n".join(tables) or "Not measured yet.\n"
 
 
 def targets() -> str:

@@ -67,7 +67,7 @@ print(f"Python {platform.python_version()}, torch {torch.__version__}, transform
 print("extension:", extension().build_info())
 PY
   wanted ops && tests ops ops
-  wanted end_to_end && tests end_to_end patching transformers generation "${alone[@]/#/--ignore=}"
+  wanted end_to_end && tests end_to_end patching transformers generation models "${alone[@]/#/--ignore=}"
   parallel=()
   wanted at_size && for file in "${alone[@]}"; do
     name=$(basename "$file" .py)
