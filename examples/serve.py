@@ -19,7 +19,7 @@ A worker that dies is started again. What it was working on gets 504, what waits
 Several machines, on Ray Serve (`pip install "ray[serve]"`); batching, limits and health are Ray's:
 
     ray start --head                              # and `ray start --address ...` on the others
-    serve run --app-dir examples serve:ray_app replicas=4
+    serve run --working-dir examples serve:ray_app replicas=4
 """
 
 import argparse
@@ -300,7 +300,9 @@ def ray_app(options: dict[str, str]) -> Any:
             try:
                 ids = EmbedRequest.model_validate_json(body).text
             except ValidationError as error:
-                raise HTTPException(422, error.errors(include_context=False)) from None
+                raise HTTPException(
+                    422, error.errors(include_context=False, include_input=False)
+                ) from None
             return await self.batched(ids)
 
     return Embed.bind()

@@ -2,11 +2,12 @@
 
 import http.client
 import json
+import os
 import sys
 
 import pytest
 import torch
-from helpers import REPOSITORY, minilm_path, tiny_gpt2
+from helpers import REPOSITORY, in_place, minilm_path, tiny_gpt2
 
 pytest.importorskip("litserve", reason="the serve extra is not installed")
 pytest.importorskip("prometheus_client", reason="the serve extra is not installed")
@@ -124,8 +125,17 @@ def test_ray_serves_the_same():
     from serve import Encoder, ray_app
     from serve_load_test import free_port
 
-    port = free_port()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    port, paths = free_port(), [os.environ.get("PYTHONPATH"), *in_place()]
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        runtime_env={
+            "working_dir": str(REPOSITORY / "examples"),  # as `serve run --working-dir examples`
+            "env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        },
+    )
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(ray_app({"max_tokens": "64", "max_body": "4000"}))
