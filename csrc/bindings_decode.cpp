@@ -31,8 +31,10 @@ void decode_layers(Address out, Address hidden_states, Address layers, Address d
                    int64_t capacity, int64_t max_kv_len, int64_t rows, int64_t num_layers,
                    int64_t num_heads, int64_t head_dim, int64_t intermediate_size,
                    int num_qkv_weights, bool in_out, float norm_eps, int activation,
-                   Address workspace, int64_t workspace_bytes, int dtype, int device,
-                   Address stream, int num_threads) {
+                   Address head_weight, Address head_norm_weight, Address head_norm_bias,
+                   Address logits, int64_t vocab_size, bool chained, Address workspace,
+                   int64_t workspace_bytes, int dtype, int device, Address stream,
+                   int num_threads) {
   DecodeLayersArgs args =
       decode_layers_args(layers, capacity, max_kv_len, rows, num_layers, num_heads, head_dim,
                          intermediate_size, num_qkv_weights, in_out, dtype);
@@ -45,6 +47,12 @@ void decode_layers(Address out, Address hidden_states, Address layers, Address d
   args.key_rows = static_cast<const int32_t*>(ptr(key_rows));
   args.norm_eps = norm_eps;
   args.activation = static_cast<Activation>(activation);
+  args.head_weight = ptr(head_weight);
+  args.head_norm_weight = ptr(head_norm_weight);
+  args.head_norm_bias = ptr(head_norm_bias);
+  args.logits = ptr(logits);
+  args.vocab_size = vocab_size;
+  args.chained = chained;
   args.workspace = ptr(workspace);
   args.workspace_bytes = workspace_bytes;
   EET_RUN(decode_layers);
@@ -108,8 +116,9 @@ void bind_decode(py::module_& m) {
   m.def("decode_layers", &decode_layers, A(out), A(hidden_states), A(layers), A(device_layers),
         A(lengths), A(kv_start), A(cache_rows), A(key_rows), A(capacity), A(max_kv_len), A(rows),
         A(num_layers), A(num_heads), A(head_dim), A(intermediate_size), A(num_qkv_weights),
-        A(in_out), A(norm_eps), A(activation), A(workspace), A(workspace_bytes), A(dtype),
-        A(device), A(stream), A(num_threads));
+        A(in_out), A(norm_eps), A(activation), A(head_weight), A(head_norm_weight),
+        A(head_norm_bias), A(logits), A(vocab_size), A(chained), A(workspace), A(workspace_bytes),
+        A(dtype), A(device), A(stream), A(num_threads));
   m.def("decode_layers_workspace_bytes", &decode_layers_workspace_bytes, A(layers), A(capacity),
         A(max_kv_len), A(rows), A(num_layers), A(num_heads), A(head_dim), A(intermediate_size),
         A(num_qkv_weights), A(in_out), A(dtype), A(device));

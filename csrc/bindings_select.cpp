@@ -29,8 +29,8 @@ void select_token(Address logits, int64_t logits_stride, Address slots, Address 
                   Address suppressed_tokens, Address noise, int64_t rows, int64_t vocab_size,
                   int64_t num_eos, int64_t num_suppressed, int64_t pad_token_id, int64_t min_len,
                   int64_t top_k, float repetition_penalty, float temperature, float top_p,
-                  float min_p, Address workspace, int64_t workspace_bytes, int dtype, int device,
-                  Address stream, int num_threads) {
+                  float min_p, bool chained, Address workspace, int64_t workspace_bytes, int dtype,
+                  int device, Address stream, int num_threads) {
   SelectTokenArgs args{};
   args.logits = ptr(logits);
   args.logits_stride = logits_stride;
@@ -57,6 +57,7 @@ void select_token(Address logits, int64_t logits_stride, Address slots, Address 
   args.temperature = temperature;
   args.top_p = top_p;
   args.min_p = min_p;
+  args.chained = chained;
   args.dtype = static_cast<DType>(dtype);
   args.workspace = ptr(workspace);
   args.workspace_bytes = workspace_bytes;
@@ -168,8 +169,8 @@ void bind_select(py::module_& m) {
         A(tokens_stride), A(input_ids), A(position_ids), A(lengths), A(finished),
         A(unfinished_count), A(seen), A(eos_token_ids), A(suppressed_tokens), A(noise), A(rows),
         A(vocab_size), A(num_eos), A(num_suppressed), A(pad_token_id), A(min_len), A(top_k),
-        A(repetition_penalty), A(temperature), A(top_p), A(min_p), A(workspace), A(workspace_bytes),
-        EET_TAIL);
+        A(repetition_penalty), A(temperature), A(top_p), A(min_p), A(chained), A(workspace),
+        A(workspace_bytes), EET_TAIL);
   m.def("select_token_workspace_bytes", &select_token_workspace_bytes, A(rows), A(samples));
   m.def("top_candidates", &top_candidates, A(scores), A(tokens), A(logits), A(logits_stride),
         A(row_scores), A(slots), A(lengths), A(seen), A(eos_token_ids), A(suppressed_tokens),

@@ -213,6 +213,12 @@ struct DecodeLayersArgs {
   float norm_eps;
   Activation activation;
   DType dtype;
+  // The product behind the last layer, over its layer norm; null: there is none, nor logits.
+  const void* head_weight;  // (vocab_size, hidden_size)
+  const void *head_norm_weight, *head_norm_bias;
+  void* logits;  // (rows, vocab_size)
+  int64_t vocab_size;
+  bool chained;     // CUDA: the launch before on the stream is `embedding` of the same step
   void* workspace;  // decode_layers_workspace_bytes(args) bytes, zero before its first use; one
                     // call at a time
   int64_t workspace_bytes;
@@ -246,6 +252,7 @@ struct SelectTokenArgs {
   int64_t rows, vocab_size, num_eos, num_suppressed, pad_token_id, min_len, top_k;  // top_k 0: off
   float repetition_penalty, temperature, top_p, min_p;  // 1, 1, 1 and 0: off
   DType dtype;
+  bool chained;     // the launch before on the stream is decode_layers, with a head
   void* workspace;  // select_token_workspace_bytes(args) bytes, zero before its first use; one call
                     // at a time
   int64_t workspace_bytes;

@@ -4,6 +4,7 @@ must say.
 
 import copy
 import importlib.metadata
+import inspect
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
+import transformers.generation.utils
 from packaging.version import Version
 from torch import Tensor
 
@@ -22,6 +24,8 @@ from eet_patch.testing import ERROR_SLACK, MAX_ERROR_RATIO, relative_error
 REPOSITORY = Path(__file__).resolve().parents[1]
 HOST = Version(Version(transformers.__version__).base_version)
 BEFORE_5 = HOST < Version("5.0")
+# Whether a cache that the user passed to generate() can be told from one that it made.
+CACHES_TELL_WHOSE = "_is_user_defined" in inspect.getsource(transformers.generation.utils)
 
 # Folder of the model in transformers -> (prefix of its classes, name of its target).
 FAMILY = {
@@ -270,6 +274,20 @@ def compare(model, run, names, keep=None, **options):
             out, own, truth = (t[keep.bool()] for t in (out, own, truth))
         assert_as_accurate(out, own, truth, f"output {index}")
     return outs
+
+
+def assert_same_cache(mine, theirs, attention_mask=None):
+    """Keys or values (batch_size, num_heads, kv_len, head_dim) of a user's own cache. Before
+    CACHES_TELL_WHOSE those that `attention_mask` hides, at the beginning, don't count.
+    """
+    if attention_mask is not None and not CACHES_TELL_WHOSE:
+        hidden = attention_mask[:, None, :, None] == 0
+        width = attention_mask.shape[1]
+        mine, theirs = (
+            torch.cat([t[:, :, :width].masked_fill(hidden, 0.0), t[:, :, width:]], 2)
+            for t in (mine, theirs)
+        )
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
 def assert_same_tokens(model, prompt_length, own, out, **forward):

@@ -325,6 +325,11 @@ void run_decode_layers(DType dtype, int rows, int64_t heads, int64_t head_dim, b
   args.norm_eps = kEps;
   args.activation = Activation::kGeluTanh;
   args.dtype = dtype;
+  args.vocab_size = 1003;
+  args.head_weight = memory.elements(args.vocab_size * size);
+  args.head_norm_weight = memory.elements(size);
+  args.head_norm_bias = memory.elements(size);
+  args.logits = memory.elements(rows * args.vocab_size);
   args.workspace_bytes = cuda::decode_layers_workspace_bytes(args);
   args.workspace = memory.zeros(args.workspace_bytes);
   call("decode_layers", cuda::decode_layers, args);
@@ -481,6 +486,15 @@ void run_all_linear(DType dtype, bool small) {
       }
 }
 
+// More tiles than blocks, and more parts of the input than a block keeps: both come around again.
+void run_walking_linear(bool small) {
+  constexpr int64_t kInFeatures = 1608, kOutFeatures = 64 * 400 + 8;
+  for (int64_t rows : {1, 8, 16, 40}) {
+    if (small && rows != 8) continue;
+    run_linear(DType::kFloat16, rows, kInFeatures, kOutFeatures, true);
+  }
+}
+
 void run_all_attention(DType dtype, bool small) {
   constexpr int64_t kLengths[][2] = {{70, 70}, {1, 70}, {1, 300}, {5, 33}};
   for (int64_t head_dim : {1, 17, 40, 64, 80, 96, 128, 160, 256}) {
@@ -521,5 +535,6 @@ int main(int argc, char** argv) {
     run_all_attention(dtype, small);
     run_all_blocks(dtype);
   }
+  if (!only_generation) run_walking_linear(small);
   return summarize();
 }

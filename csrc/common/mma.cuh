@@ -115,6 +115,20 @@ __device__ __forceinline__ void store_shared(uint32_t target, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(target), "f"(value) : "memory");
 }
 
+__device__ __forceinline__ uint4 load_shared(uint32_t source) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(source)
+               : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_shared(uint32_t target, const uint4& value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(target), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
 // Copies 16 bytes to shared memory, or writes zeros where `valid` is false (`source` is not read
 // then).
 __device__ __forceinline__ void copy_async_16(uint32_t target, const void* source, bool valid) {

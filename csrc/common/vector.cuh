@@ -71,6 +71,17 @@ __device__ __forceinline__ uint4 load_cache(const void* source) {
   return value;
 }
 
+// What another multiprocessor may just have written: never from L1, and asked for where it stands
+// in the code, however far ahead of its use.
+__device__ __forceinline__ uint4 load_input(const void* source) {
+  uint4 value;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(source)
+               : "memory");
+  return value;
+}
+
 // One 16-bit element that another multiprocessor may just have written: never from L1.
 template <typename T>
 __device__ __forceinline__ T load_fresh(const T* source) {

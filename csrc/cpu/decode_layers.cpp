@@ -182,7 +182,13 @@ Status decode_layers(const DecodeLayersArgs& args, const Context& context) {
     if (status.ok()) status = EET_CPU_ARCH::linear(second, context);
     hidden_states = args.out;
   }
-  return status;
+  if (args.head_weight == nullptr || !status.ok()) return status;
+  LinearArgs head = product(args, args.logits, hidden_states, hidden_size, args.vocab_size);
+  head.in_out = false;
+  head.weight[0] = args.head_weight;
+  head.norm_weight = args.head_norm_weight;
+  head.norm_bias = args.head_norm_bias;
+  return EET_CPU_ARCH::linear(head, context);
 }
 
 }  // namespace EET_CPU_ARCH

@@ -1,8 +1,8 @@
 // The layers of one decode step as a chain of launches, five a layer, each able to start before the
 // one ahead of it ends: layer norm + q/k/v product, attention with the new key and value written to
 // the cache, output product + residual, layer norm + first product + activation, second product +
-// residual. Everything that changes from step to step is read from device memory, so that the chain
-// can be captured once and replayed.
+// residual; the head behind the last one is a link of the same chain. Everything that changes from
+// step to step is read from device memory, so that the chain can be captured once and replayed.
 #include <algorithm>
 
 #include "common/launch.cuh"
@@ -83,9 +83,10 @@ cudaError_t launch_step_attention(const StepAttentionParams<T>& p, const DecodeL
   // shared memory than the tensor core kernel can have ahead (both measured on an H200).
   constexpr int kFewBlocksSplits = 4;
   if constexpr (sizeof(T) == 2) {
-    if (p.vectors && p.head_dim <= 64 && attention_splits(args) >= kFewBlocksSplits) {
-      return p.head_dim <= 32 ? launch_step_attention_mma<T, 2>(p, args, stream)
-                              : launch_step_attention_mma<T, 4>(p, args, stream);
+    if (p.vectors && p.head_dim <= 80 && attention_splits(args) >= kFewBlocksSplits) {
+      if (p.head_dim <= 32) return launch_step_attention_mma<T, 2>(p, args, stream);
+      if (p.head_dim <= 64) return launch_step_attention_mma<T, 4>(p, args, stream);
+      return launch_step_attention_mma<T, 5>(p, args, stream);
     }
   }
   constexpr int kWide = sizeof(T) == 4 ? 2 : 1;  // fp32 keys take twice the lanes
@@ -151,7 +152,7 @@ cudaError_t launch_decode_layers(const DecodeLayersArgs& args, cudaStream_t stre
     qkv.norm_weight = layer.norm1_weight;
     qkv.norm_bias = layer.norm1_bias;
     LinearChain chain;
-    chain.chained = index > 0;
+    chain.chained = index > 0 || args.chained;
     chain.release_late = true;  // attention reads its past ahead
     chain.norm_partials = out_partials;
     error = launch_linear<T>(qkv, stream, chain);
@@ -196,7 +197,16 @@ cudaError_t launch_decode_layers(const DecodeLayersArgs& args, cudaStream_t stre
     hidden_states = args.out;
     out_partials = partials;
   }
-  return error;
+  if (args.head_weight == nullptr || error != cudaSuccess) return error;
+  LinearArgs head = product(args, args.logits, hidden_states, hidden_size, args.vocab_size);
+  head.in_out = false;
+  head.weight[0] = args.head_weight;
+  head.norm_weight = args.head_norm_weight;
+  head.norm_bias = args.head_norm_bias;
+  LinearChain chain;
+  chain.chained = args.num_layers > 0 || args.chained;
+  chain.norm_partials = linear_takes_partials(head) ? out_partials : nullptr;
+  return launch_linear<T>(head, stream, chain);
 }
 
 }  // namespace
@@ -209,7 +219,7 @@ Status decode_layers(const DecodeLayersArgs& args, const Context& context) {
   constexpr int64_t kMaxHeadDim = 256;
   if (args.rows > kMaxSkinnyRows || args.head_dim > kMaxHeadDim)
     return Status{Status::kUnsupported};
-  if (args.rows == 0 || args.num_layers == 0) return Status{};
+  if (args.rows == 0) return Status{};
   return to_status(dispatch_dtype(args.dtype, [&](auto element) {
     return launch_decode_layers<decltype(element)>(args, stream_of(context));
   }));

@@ -32,6 +32,7 @@ template <typename T, int kWarps, int kVector>
 __global__ void __launch_bounds__(kBlockWarps* kWarpSize)
     embedding_kernel(const EmbeddingParams<T> p) {
   __shared__ float shared[kWarps];
+  release_dependents();
   const int64_t row = kWarps > 1 ? int64_t(blockIdx.x)
                                  : int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarpSize;
   if (row >= p.rows) return;

@@ -14,10 +14,8 @@ namespace {
 constexpr int kRowBlock = 8;  // rows of the batch that share one pass over the weights
 constexpr int kPlainWarps = 8;
 constexpr int kInOutWarps = 16;
-constexpr int kReservedShared = 2048;  // the driver's share of a block, and the static arrays
-constexpr int kBlocksPerMultiprocessor =
-    2;                                  // of a product; as many of the next one fit beside them
-constexpr int kPanelBytes = 37 * 1024;  // 1024 k of 16 rows, with the norm's weight and bias
+constexpr int kReservedShared = 2048;      // the driver's share of a block, and the static arrays
+constexpr int kResidentBytes = 20 * 1024;  // of the input that a block with several tiles keeps
 
 // (out, in) weights: a warp owns one output column and strides over k; the input comes through L1.
 // Any sizes; kVector > 1 needs 16-byte aligned rows. Moves every weight once per kRowBlock rows.
@@ -127,40 +125,64 @@ __global__ void __launch_bounds__(kInOutWarps* kWarpSize)
 
 bool has_bulk_copies() { return kernel_capability() >= 9; }
 
+// How the tiles of a product are spread over the chip.
+struct StreamPlan {
+  int ranks, rank_chunks;  // K is split over `ranks` blocks, `rank_chunks` chunks each
+  int block_tiles, blocks, ring_stages;
+};
+
+// Bytes move while every multiprocessor has blocks to itself, and as many as the others. One block
+// each serves where its weights fit its ring whole, so that nothing is left to load when the input
+// comes; else two, whose rings leave room for those of the next product, or three if they spread
+// more evenly (kShare: what as many are worth, measured on an H100 at GPT-2's sizes).
+template <int kRows>
+StreamPlan plan_stream(int tiles, int chunks, int multiprocessors) {
+  constexpr int kSharedStages = 5, kMaxBlocks = kRows <= 16 ? 3 : 2;
+  constexpr float kShare[] = {0.0f, 0.8f, 1.0f, 0.93f};
+  auto split = [&](int ranks, int block_tiles) {
+    StreamPlan plan;
+    plan.rank_chunks = static_cast<int>(ceil_div(chunks, ranks));
+    plan.ranks = static_cast<int>(ceil_div(chunks, plan.rank_chunks));
+    plan.block_tiles = block_tiles;
+    plan.blocks = static_cast<int>(ceil_div(tiles, block_tiles)) * plan.ranks;
+    plan.ring_stages = kSharedStages;
+    return plan;
+  };
+  if (kRows <= 8 && tiles <= multiprocessors) {
+    StreamPlan plan = split(std::min({kMaxClusterSize, multiprocessors / tiles, chunks}), 1);
+    plan.ring_stages = StreamTile<kRows>::kMaxStages;
+    if (plan.rank_chunks <= plan.ring_stages) return plan;
+  }
+  StreamPlan best = {};
+  float best_share = 0.0f;
+  auto consider = [&](const StreamPlan& plan) {
+    const int each = static_cast<int>(ceil_div(plan.blocks, multiprocessors));
+    if (each > kMaxBlocks) return;
+    const float even = float(plan.blocks) / float(each * multiprocessors) * float(chunks) /
+                       float(plan.ranks * plan.rank_chunks) * float(tiles) /
+                       float(plan.blocks / plan.ranks * plan.block_tiles);
+    const float share = even * kShare[each];
+    if (share > best_share) best = plan, best_share = share;
+  };
+  for (int ranks = 1; ranks <= std::min(kMaxClusterSize, chunks); ++ranks)
+    consider(split(ranks, 1));
+  for (int each = 1; each <= kMaxBlocks; ++each)
+    consider(split(1, static_cast<int>(ceil_div(tiles, int64_t(each) * multiprocessors))));
+  return best;
+}
+
 template <typename T, int kRows, bool kInOut>
 cudaError_t launch_stream(const LinearParams<T>& p, LaunchConfig config) {
   using Tile = StreamTile<kRows>;
   const int multiprocessors = std::max(1, device_attribute(cudaDevAttrMultiProcessorCount));
   const int tiles = static_cast<int>(ceil_div(p.out_features, kNormTile)) * p.num_weights;
   const int chunks = static_cast<int>(ceil_div(p.in_features, Tile::kChunkK));
-
-  // Where the tiles leave multiprocessors idle, K is split over a cluster. One block each where its
-  // weights fit its ring whole, so that nothing is left to load when the input comes; else two,
-  // whose rings leave room for two of the next product.
-  constexpr int kSharedStages = 5;
-  int resident = multiprocessors, ring_stages = Tile::kMaxStages;
-  auto ranks_of = [&] {
-    return std::max(1, std::min({kMaxClusterSize, resident / tiles, chunks}));
-  };
-  if (kRows > 8 || tiles > resident || ceil_div(chunks, ranks_of()) > ring_stages) {
-    resident *= kBlocksPerMultiprocessor;
-    ring_stages = kSharedStages;
-  }
-  const int rank_chunks = static_cast<int>(ceil_div(chunks, ranks_of()));
-  const int ranks = static_cast<int>(ceil_div(chunks, rank_chunks));
-  const int block_tiles = static_cast<int>(ceil_div(int64_t(tiles) * ranks, resident));
-  const int blocks = static_cast<int>(ceil_div(tiles, block_tiles)) * ranks;
-
-  const bool norm = p.norm_weight != nullptr;
-  const int stages =
-      static_cast<int>(std::min<int64_t>(int64_t(rank_chunks) * block_tiles, ring_stages));
-  const int other_bytes =
-      stages * Tile::kChunkBytes + Tile::sum_bytes(p.rows, ranks) + Tile::kSmallBytes;
-  int panel_chunks = rank_chunks;
-  while (panel_chunks > 1 &&
-         Tile::panel_bytes(p.rows, panel_chunks * Tile::kChunkK, norm) > kPanelBytes)
-    --panel_chunks;
-  const int panel_k = panel_chunks * Tile::kChunkK;
+  const StreamPlan plan = plan_stream<kRows>(tiles, chunks, multiprocessors);
+  const int parts = static_cast<int>(ceil_div(plan.rank_chunks, Tile::kPartChunks));
+  const bool stays = plan.block_tiles > 1 && parts * Tile::panel_bytes(p.rows) <= kResidentBytes;
+  const int panels = stays ? parts : std::min(parts, Tile::kPanels);
+  const int stages = static_cast<int>(
+      std::min<int64_t>(int64_t(plan.rank_chunks) * plan.block_tiles, plan.ring_stages));
 
   LinearMaps maps = {};
   cudaError_t error = cudaSuccess;
@@ -170,12 +192,13 @@ cudaError_t launch_stream(const LinearParams<T>& p, LaunchConfig config) {
                             kInOut ? Tile::kChunkK : kNormTile);
   }
   if (error != cudaSuccess) return error;
-  config.shared_bytes = other_bytes + Tile::panel_bytes(p.rows, panel_k, norm);
-  config.grid = dim3(static_cast<unsigned>(blocks));
+  config.shared_bytes = stages * Tile::kChunkBytes + panels * Tile::panel_bytes(p.rows) +
+                        Tile::sum_bytes(p.rows, plan.ranks) + Tile::kSmallBytes;
+  config.grid = dim3(static_cast<unsigned>(plan.blocks));
   config.block = dim3(kStreamThreads);
-  config.cluster_size = ranks;
-  return launch(config, linear_stream_kernel<T, kRows, kInOut>, p, maps, panel_k,
-                rank_chunks * Tile::kChunkK, stages);
+  config.cluster_size = plan.ranks;
+  return launch(config, linear_stream_kernel<T, kRows, kInOut>, p, maps, panels,
+                plan.rank_chunks * Tile::kChunkK, stages);
 }
 
 template <typename T, int kRows, bool kInOut>

@@ -14,16 +14,16 @@
 namespace eet_patch::cuda {
 
 // A block (or cluster) owns tiles of kNormTile output columns and walks them, a cluster one alone;
-// each rank of a cluster owns k_per_rank consecutive k. Dynamic shared memory: the ring, the
-// block's part of the input, normalised, `panel_k` columns at a time (all of them where they fit,
-// else staged again on the way), partial sums, barriers. Limits: rows <= kRows, in_features (and
-// out_features when kInOut) multiples of 8, 16-byte aligned operands. Moves every weight once.
+// each rank of a cluster owns k_per_rank consecutive k. Dynamic shared memory: the ring, `panels`
+// parts of the block's input, normalised, of kPartK columns each (all of them, or those on their
+// way), partial sums, barriers. Limits: rows <= kRows, in_features
+// (and out_features when kInOut) multiples of 8, 16-byte aligned operands. Moves every weight once.
 template <typename T, int kRows, bool kInOut>
 __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
                                                   : kRows <= 16 ? 3
                                                                 : 2)
     linear_stream_kernel(const LinearParams<T> p, const __grid_constant__ LinearMaps maps,
-                         int panel_k, int k_per_rank, int ring_stages) {
+                         int panels, int k_per_rank, int ring_stages) {
 #if __CUDA_ARCH__ >= 900
   using Tile = StreamTile<kRows>;
   constexpr int kVector = kVectorSize<T>;
@@ -33,13 +33,10 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
   const int rank = cluster_rank(), ranks = cluster_size();
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const bool norm = p.norm_weight != nullptr;
-  const int panel_stride = panel_k + Tile::kPad;
   const uint32_t ring_address = shared_address(shared);
   T* panel = reinterpret_cast<T*>(shared + ring_stages * Tile::kChunkBytes);
-  T* norm_weight = panel + p.rows * panel_stride;
-  T* norm_bias = norm_weight + panel_k;
   unsigned char* after =
-      reinterpret_cast<unsigned char*>(panel) + Tile::panel_bytes(p.rows, panel_k, norm);
+      reinterpret_cast<unsigned char*>(panel) + panels * Tile::panel_bytes(p.rows);
   float* sums = reinterpret_cast<float*>(after);
   after += Tile::sum_bytes(p.rows, ranks);
   const uint32_t full = shared_address(after), empty = full + Tile::kMaxStages * 8,
@@ -92,71 +89,58 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
     }
   }
 
-  // This thread's units of the panel are every kStreamWorkers-th, kHeld of them at a time.
-  constexpr int kHeld = kRows == 16 ? 8 : 4;
-  const int panel_units = panel_k / kVector, all_units = p.rows * panel_units;
-  const int row_step = kStreamWorkers / panel_units,
-            column_step = (kStreamWorkers - row_step * panel_units) * kVector;
-  const int first_row = static_cast<int>(threadIdx.x) / panel_units,
-            first_column = (static_cast<int>(threadIdx.x) - first_row * panel_units) * kVector;
-  auto copy_norm = [&](int first_k) {
-#pragma unroll 1
-    for (int column = threadIdx.x * kVector; column < panel_k; column += kStreamWorkers * kVector) {
-      const int k = first_k + column;
-      copy_async_16(norm_weight + column, k < k_end ? p.norm_weight + k : p.norm_weight, k < k_end);
-      const bool bias = p.norm_bias != nullptr && k < k_end;
-      copy_async_16(norm_bias + column, bias ? p.norm_bias + k : p.norm_weight, bias);
-    }
-    copy_async_commit();
+  // This thread's 16-byte units of a part stand in one column, every kRowStep-th row. Behind k_end
+  // come zeros, for there the weights may be another rank's. The first part comes by registers, the
+  // shortest way; those after it are copied ahead and normalised where they lie.
+  const int part_row = threadIdx.x / Tile::kPartUnits,
+            part_column = threadIdx.x % Tile::kPartUnits * kVector;
+  const T* part_source = p.input + part_row * p.input_stride + k_begin + part_column;
+  const uint32_t part_target =
+      shared_address(panel) + (part_row * Tile::kPartStride + part_column) * int(sizeof(T));
+  const uint32_t panel_bytes = Tile::panel_bytes(p.rows);
+  constexpr int kRowStepBytes = Tile::kRowStep * Tile::kPartStride * int(sizeof(T));
+  uint4 norm_weight, norm_bias;
+  auto load_part_norm = [&](int part) {
+    const int k = k_begin + part * Tile::kPartK + part_column;
+    const bool inside = norm && k < k_end;
+    norm_weight = inside ? load_weights(p.norm_weight + k) : make_uint4(0, 0, 0, 0);
+    norm_bias =
+        inside && p.norm_bias != nullptr ? load_weights(p.norm_bias + k) : make_uint4(0, 0, 0, 0);
   };
-  // The panel's part of the input; zeros behind k_end, where weights may not be zeros.
-  auto stage_panel = [&](int first_k, bool first, const float2* partials) {
-    int row = first_row, column = first_column;
-#pragma unroll 1
-    for (int base = 0; base < all_units; base += kHeld * kStreamWorkers) {
-      const int unit = base + threadIdx.x;
-      uint4 held[kHeld];
-      int rows[kHeld], columns[kHeld];
+  auto for_units = [&](int part, auto&& function) {
+    const int at = part * Tile::kPartK;
+    const bool inside = k_begin + at + part_column < k_end;
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        if (base + i * kStreamWorkers >= all_units) break;  // for all threads alike
-        rows[i] = row, columns[i] = column;
-        held[i] = make_uint4(0, 0, 0, 0);
-        if (unit + i * kStreamWorkers < all_units && first_k + column < k_end) {
-          held[i] = __ldcg(
-              reinterpret_cast<const uint4*>(p.input + row * p.input_stride + first_k + column));
-        }
-        row += row_step;
-        column += column_step;
-        if (column >= panel_k) column -= panel_k, ++row;
-      }
-      if (norm && first && base == 0) {
-        if (p.norm_partials != nullptr) {
-          merged_statistics<T, kRows>(p, partials, means, scales);
-        } else {
-          row_statistics<T, kVector>(p, means, scales, kStreamWarps);
-        }
-        workers_sync();
-      }
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        if (unit + i * kStreamWorkers >= all_units) break;
-        if (norm) {
-          float values[kVector], weight[kVector], bias[kVector];
-          unpack_vector<T>(held[i], values);
-          unpack_vector<T>(*reinterpret_cast<const uint4*>(norm_weight + columns[i]), weight);
-          unpack_vector<T>(*reinterpret_cast<const uint4*>(norm_bias + columns[i]), bias);
-          const float scale = scales[rows[i]], shift = -means[rows[i]] * scale;
-#pragma unroll
-          for (int j = 0; j < kVector; ++j)
-            values[j] = fmaf(fmaf(values[j], scale, shift), weight[j], bias[j]);
-          held[i] = make_uint4(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]),
-                               pack2<T>(values[4], values[5]), pack2<T>(values[6], values[7]));
-        }
-        *reinterpret_cast<uint4*>(panel + rows[i] * panel_stride + columns[i]) = held[i];
-      }
+    for (int i = 0; i < Tile::kHeld; ++i) {
+      if (part_row + i * Tile::kRowStep >= p.rows) break;
+      function(i, part_source + i * Tile::kRowStep * p.input_stride + at, inside);
     }
-    workers_sync();
+  };
+  auto copy_part = [&](int part, int slot) {
+    const uint32_t target = part_target + slot * panel_bytes;
+    for_units(part, [&](int i, const T* source, bool inside) {
+      copy_async_16(target + i * kRowStepBytes, inside ? source : p.input, inside);
+    });
+  };
+  auto normalise_unit = [&](uint4& unit, int row) {
+    float values[kVector], weight[kVector], bias[kVector];
+    unpack_vector<T>(unit, values);
+    unpack_vector<T>(norm_weight, weight);
+    unpack_vector<T>(norm_bias, bias);
+    const float scale = scales[row], shift = -means[row] * scale;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j)
+      values[j] = fmaf(fmaf(values[j], scale, shift), weight[j], bias[j]);
+    unit = make_uint4(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]),
+                      pack2<T>(values[4], values[5]), pack2<T>(values[6], values[7]));
+  };
+  auto normalise_part = [&](int part, int slot) {  // what this thread copied
+    const uint32_t target = part_target + slot * panel_bytes;
+    for_units(part, [&](int i, const T*, bool) {
+      uint4 unit = load_shared(target + i * kRowStepBytes);
+      normalise_unit(unit, part_row + i * Tile::kRowStep);
+      store_shared(target + i * kRowStepBytes, unit);
+    });
   };
 
   // Fragments. Rows that the batch does not have repeat its last one; the rows of a product do not
@@ -167,7 +151,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
              : (warp * 16 + matrix % 2 * 8 + line) * 128 + ((matrix / 2 ^ line) * kVectorBytes);
   const uint32_t panel_address = shared_address(panel) + matrix * 8 * int(sizeof(T));
   float c[Tile::kRowGroups][2][4] = {};  // even and odd steps, so that products overlap
-  auto multiply = [&](uint32_t chunk, int panel_column) {
+  auto multiply = [&](uint32_t chunk, uint32_t inputs) {
     uint32_t a[4][4];
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
@@ -180,7 +164,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
 #pragma unroll
     for (int group = 0; group < Tile::kRowGroups; ++group) {
       const int row = min(group * 8 + line, p.rows - 1);
-      const uint32_t source = panel_address + (row * panel_stride + panel_column) * int(sizeof(T));
+      const uint32_t source = inputs + row * Tile::kPartStride * int(sizeof(T));
 #pragma unroll
       for (int step = 0; step < 4; step += 2) {
         uint32_t b[4];
@@ -308,7 +292,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
 
   if (warp < kStreamWarps) {
     load_bias(tile);
-    if (norm) copy_norm(k_begin);
+    load_part_norm(0);
   }
   __syncthreads();  // the barriers are known to all
   if (ranks > 1) {
@@ -333,40 +317,69 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
   const float2* partials =
       p.norm_partials + min(static_cast<int>(threadIdx.x) / (kStreamWorkers / kRows), p.rows - 1) *
                             ((p.in_features + kNormTile - 1) / kNormTile);
-  if (norm) {
-    copy_async_wait<0>();
-    workers_sync();
-  }
   wait_for_predecessor();
   if (p.release_late) release_dependents();
-  stage_panel(k_begin, true, partials);
+  const int parts = (chunks + Tile::kPartChunks - 1) / Tile::kPartChunks;
+  {
+    uint4 held[Tile::kHeld];
+    for_units(0, [&](int i, const T* source, bool inside) {
+      held[i] = inside ? load_input(source) : make_uint4(0, 0, 0, 0);
+    });
+#pragma unroll 1
+    for (int part = 1; part < max(panels, Tile::kPanels); ++part) {
+      if (part < min(panels, parts)) copy_part(part, part);
+      copy_async_commit();
+    }
+    if (norm) {
+      if (p.norm_partials != nullptr) {
+        merged_statistics<T, kRows>(p, partials, means, scales);
+      } else {
+        row_statistics<T, kVector>(p, means, scales, kStreamWarps);
+      }
+      workers_sync();
+    }
+    for_units(0, [&](int i, const T*, bool) {
+      if (norm) normalise_unit(held[i], part_row + i * Tile::kRowStep);
+      store_shared(part_target + i * kRowStepBytes, held[i]);
+    });
+    workers_sync();
+  }
   load_residual(tile);
 
-  const int panel_chunks = panel_k / Tile::kChunkK;
-  int stage = 0;
+  bool all_there = false;  // parts that all have a place stay there for the next tiles
+  int stage = 0, slot = 0;
   uint32_t parity = 0;
-  for (bool staged = true; tile < tiles; tile += tile_step) {
-    int used = 0;  // chunks of the panel
+  for (; tile < tiles; tile += tile_step) {
 #pragma unroll 1
-    for (int chunk = 0; chunk < chunks; ++chunk, ++used) {
-      if (chunks > panel_chunks && (chunk == 0 || used == panel_chunks) && !staged) {
-        workers_sync();  // nobody reads the panel any more
-        if (norm) {
-          copy_norm(k_begin + chunk * Tile::kChunkK);
-          copy_async_wait<0>();
-          workers_sync();
-        }
-        stage_panel(k_begin + chunk * Tile::kChunkK, false, nullptr);
-        used = 0;
+    for (int part = 0; part < parts; ++part) {
+      const bool last = part + 1 == parts;
+      all_there = all_there || (last && parts == panels);
+      const bool more = !all_there && !(last && tile + tile_step >= tiles);
+      const int next = last ? 0 : part + 1;
+      if (more) load_part_norm(next);
+      const uint32_t inputs = panel_address + slot * panel_bytes;
+      const int part_chunks = min(Tile::kPartChunks, chunks - part * Tile::kPartChunks);
+#pragma unroll 1
+      for (int chunk = 0; chunk < part_chunks; ++chunk) {
+        barrier_wait(full + stage * 8, parity);
+        multiply(ring_address + stage * Tile::kChunkBytes,
+                 inputs + chunk * Tile::kChunkK * int(sizeof(T)));
+        __syncwarp();
+        if (lane == 0) barrier_arrive(empty + stage * 8);
+        if (++stage == ring_stages) stage = 0, parity ^= 1;
       }
-      staged = false;
-      barrier_wait(full + stage * 8, parity);
-      multiply(ring_address + stage * Tile::kChunkBytes, used * Tile::kChunkK);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(empty + stage * 8);
-      if (++stage == ring_stages) stage = 0, parity ^= 1;
+      if (last) finish_tile();
+      const int done = slot;
+      if (++slot == panels) slot = 0;
+      if (!more) continue;
+      copy_async_wait<Tile::kPanels - 2>();
+      if (norm) normalise_part(next, slot);
+      workers_sync();  // the next part is there, and nobody reads the last one any more
+      const int ahead = part + panels;
+      if (parts > panels && (ahead < parts || tile + tile_step < tiles))
+        copy_part(ahead < parts ? ahead : ahead - parts, done);
+      copy_async_commit();
     }
-    finish_tile();
     load_bias(tile + tile_step);
     load_residual(tile + tile_step);
   }

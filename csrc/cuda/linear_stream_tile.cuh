@@ -22,9 +22,16 @@ struct StreamTile {
   static constexpr int kMaxStages = 12;
   // Chunks behind the ring that come to L2 ahead: with few rows more were no faster on an H200.
   static constexpr int kPrefetchChunks = kRows <= 8 ? 0 : 8;
-  static constexpr int kRowGroups = kRows / 8;      // products of n = 8
-  static constexpr int kPad = 8;                    // elements; keeps fragments off shared banks
-  static constexpr int kSumStride = kNormTile + 4;  // likewise
+  static constexpr int kRowGroups = kRows / 8;  // products of n = 8
+  // A part of the input: as much as a few registers of each thread hold.
+  static constexpr int kPartK = kRows <= 8 ? 512 : kRows <= 16 ? 256 : kRows <= 32 ? 128 : 64;
+  static constexpr int kPanels = 3;  // parts at a time, where not all of them stay
+  static constexpr int kPartChunks = kPartK / kChunkK;
+  static constexpr int kPartStride = kPartK + 8;  // elements; keeps fragments off shared banks
+  static constexpr int kPartUnits = kPartK * 2 / kVectorBytes;     // of a row
+  static constexpr int kRowStep = kStreamWorkers / kPartUnits;     // rows that are loaded at once
+  static constexpr int kHeld = (kRows + kRowStep - 1) / kRowStep;  // units of a thread
+  static constexpr int kSumStride = kNormTile + 4;                 // likewise
   static constexpr int kSmallBytes =
       (2 * kMaxStages + 1) * 8 + 2 * kRows * 4;  // barriers, statistics
 
@@ -32,10 +39,7 @@ struct StreamTile {
   __host__ __device__ static constexpr int sum_bytes(int rows, int ranks) {
     return (rows + ranks - 1) / ranks * ranks * kSumStride * 4;
   }
-  // The input's columns, and weight and bias of its layer norm.
-  __host__ __device__ static constexpr int panel_bytes(int rows, int panel_k, bool norm) {
-    return (rows * (panel_k + kPad) + (norm ? 2 * panel_k : 0)) * 2;
-  }
+  __host__ __device__ static constexpr int panel_bytes(int rows) { return rows * kPartStride * 2; }
 };
 
 // Mean and 1 / sqrt(variance + eps) of every input row, by kStreamWorkers / kRows lanes, from what

@@ -252,9 +252,10 @@ __device__ int draw_from_top_k(const SelectTokenArgs& args, Source source, const
 template <typename T, bool kCommits>
 __global__ void __launch_bounds__(kSelectThreads) max_score_kernel(const SelectParams p) {
   __shared__ SelectShared shared;
-  release_dependents();
   const RowStep step = load_step(p.args);
   const RowScores<T> row = row_scores<T>(p.args, step);
+  wait_for_predecessor();
+  release_dependents();  // the next one reads the logits before it waits
   const ChunkLogits logits = load_chunk(row, blockIdx.x);
   uint32_t keys[kTokensPerThread];
   if (pass_finished_row(p.args, step, kCommits)) return;
@@ -281,9 +282,10 @@ __global__ void __launch_bounds__(kSelectThreads)
     top_k_token_kernel(const SelectParams p, bool lists) {
   __shared__ SelectShared shared;
   __shared__ Candidate near_list[kSharedListCapacity];
-  release_dependents();
   const RowStep step = load_step(p.args);
   const RowScores<T> row = row_scores<T>(p.args, step);
+  wait_for_predecessor();
+  release_dependents();  // the next one reads the logits before it waits
   const ChunkLogits logits = load_chunk(row, blockIdx.x);
   if (pass_finished_row(p.args, step, true)) return;
   SampleState& state = sample_state(p);
@@ -450,6 +452,7 @@ cudaError_t launch_select_token(const SelectTokenArgs& args, cudaStream_t stream
   config.stream = stream;
   config.block = dim3(kSelectThreads);
   config.grid = dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(args.rows));
+  config.chained = args.chained;
   if (args.noise == nullptr) return launch(config, max_score_kernel<T, true>, p);
   if (args.top_k > 0 && args.top_k < args.vocab_size) {
     const bool lists = chunks * (args.top_k + kListSlack) <= kListCapacity;

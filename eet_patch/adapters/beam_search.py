@@ -21,6 +21,7 @@ from eet_patch.adapters.decoder import (
     decoder_of,
     empty_cache,
     head_weight_of,
+    own_context,
     restored_out_of_memory,
 )
 from eet_patch.generation import pool
@@ -119,9 +120,13 @@ def adapter(kind: DecoderKind, cls: type, original: Callable[..., Any]) -> Adapt
         step = pool.borrow(model, plan.model, rows, most, most)
         try:
             prompts = input_ids[::beams]
-            kv_cache.lend(past, *_first_rows(step, beams))
-            logits = _context_logits(model, arguments, prompts, context.starts[::beams], past)
-            _take_context(step, past, context.kv_len, beams)
+            first_rows = _first_rows(step, beams)
+            kv_cache.lend(past, *first_rows)
+            if context.own_pass:
+                logits = own_context(plan.model, context, arguments, *first_rows, beams)
+            else:
+                logits = _context_logits(model, arguments, prompts, context.starts[::beams], past)
+            _take_context(past, *first_rows, context.kv_len, context.own_pass)
             found = search(
                 step,
                 plan.model,
@@ -193,13 +198,16 @@ def _first_rows(step: DecodeStep, num_beams: int) -> tuple[list[Tensor], list[Te
     return keys, values
 
 
-def _take_context(step: DecodeStep, past: Any, kv_len: int, num_beams: int) -> None:
+def _take_context(
+    past: Any, keys: list[Tensor], values: list[Tensor], kv_len: int, written: bool
+) -> None:
     """Sees that the context's keys and values stand in those rows, and takes them from the host's
-    cache.
+    cache. `written`: they were put there, and never were in the cache.
     """
-    for layer, keys, values in zip(past.layers, *_first_rows(step, num_beams), strict=True):
-        kv_cache.move_in(layer, keys[:, :, :kv_len], values[:, :, :kv_len])
-        layer.keys = layer.values = keys.new_empty(0)
+    for layer, key, value in zip(past.layers, keys, values, strict=True):
+        if not written:
+            kv_cache.move_in(layer, key[:, :, :kv_len], value[:, :, :kv_len])
+        layer.keys = layer.values = key.new_empty(0)
 
 
 def _hand_over(step: DecodeStep, past: Any, key_rows: Tensor, kv_len: int) -> None:

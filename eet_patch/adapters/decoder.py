@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from eet_patch.adapters.host import is_recording_hook, linear_reason, norm_reason
 from eet_patch.gates import parameter_reason, submodule_reason
 from eet_patch.generation import pool
+from eet_patch.generation.context import context_logits
 from eet_patch.generation.step import DecoderModel
 from eet_patch.ops.decode import DecodeLayer
 from eet_patch.ops.launch import MAX_SKINNY_ROWS
@@ -87,6 +88,8 @@ class Context(NamedTuple):
     new_tokens: int  # that are asked for at most
     max_length: int  # of a sequence
     fresh: bool  # the cache was empty and is not the user's
+    own_pass: bool  # `own_context` may run it
+    padding: tuple[int, ...] | None  # `starts` on the host; None: there is none
 
 
 def head_weight_of(model: Any, arguments: dict[str, Any]) -> Any:
@@ -102,11 +105,15 @@ def context_of(decoder: Decoder, arguments: dict[str, Any]) -> Context | str:
     kv_len = context_length(arguments, config)
     assert kv_len is not None
     starts = torch.zeros(input_ids.shape[0], dtype=torch.int64, device=input_ids.device)
+    padding: tuple[int, ...] | None = None
     if mask is not None:
         starts = kv_len - mask.sum(dim=1)
         # Padding must stand on the left alone.
-        if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
+        in_order = (mask[:, 1:] >= mask[:, :-1]).all()
+        *counts, ordered = torch.cat([starts, in_order.to(starts.dtype)[None]]).tolist()
+        if not ordered:
             return "the attention mask has zeros behind ones"
+        padding = tuple(counts) if any(counts) else None
     position_ids = arguments.get("position_ids")
     next_positions = kv_len - starts
     if position_ids is not None:
@@ -123,7 +130,51 @@ def context_of(decoder: Decoder, arguments: dict[str, Any]) -> Context | str:
         return "a single token is asked for"
     fresh = past_length(arguments) == 0
     fresh = fresh and not getattr(arguments.get("past_key_values"), "_is_user_defined", False)
-    return Context(kv_len, starts.to(torch.int32), next_positions, new_tokens, max_length, fresh)
+    # All of it must be in input_ids. It leaves zeros where padding stood, for which a cache that
+    # the user gets to see has keys.
+    unseen = fresh and not config.return_dict_in_generate
+    own_pass = (
+        past_length(arguments) == 0
+        and arguments.get("inputs_embeds") is None
+        and kv_len == input_ids.shape[1]
+        and (padding is None or (unseen and max(padding) < kv_len))
+    )
+    return Context(
+        kv_len,
+        starts.to(torch.int32),
+        next_positions,
+        new_tokens,
+        max_length,
+        fresh,
+        own_pass,
+        padding,
+    )
+
+
+def own_context(
+    model: DecoderModel,
+    context: Context,
+    arguments: dict[str, Any],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    repeats: int = 1,
+) -> Tensor:
+    """Logits (rows, vocab_size) behind the context of every `repeats`-th row, run without the host;
+    its keys and values go to `keys` and `values`, a buffer (rows, num_heads, capacity, head_dim)
+    for each layer.
+    """
+    input_ids = arguments["input_ids"][::repeats].contiguous()
+    position_ids = arguments.get("position_ids")
+    if position_ids is not None:
+        if position_ids.shape[0] > 1:
+            position_ids = position_ids[::repeats]
+        position_ids = position_ids.to(torch.int64).contiguous()
+    else:
+        position_ids = torch.arange(context.kv_len, device=input_ids.device)[None]
+        if context.padding is not None:
+            position_ids = (position_ids - context.starts[::repeats, None]).clamp(min=0)
+    padding = None if context.padding is None else context.padding[::repeats]
+    return context_logits(model, keys, values, input_ids, position_ids, padding)
 
 
 def call_reason(model: Any, arguments: dict[str, Any], config: Any) -> str | None:

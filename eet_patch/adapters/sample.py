@@ -1,10 +1,10 @@
 """Greedy search and sampling (`_sample`) of decoders with a language model head, of transformers
 4.56 to 5.23.
 
-The first token is the host's: its own loop runs the context, in one pass, and chooses. From the
-second token on the steps run over fixed buffers; where every logits processor and stopping
-criterion is one whose meaning the kernels have, the tokens stay on the device, else the host's own
-objects choose from the logits of each step.
+The context runs in one parallel pass, by `generation/context.py` where all of it is in the call,
+else by the host's own loop. From the second token on the steps run over fixed buffers; where every
+logits processor and stopping criterion is one whose meaning the kernels have, the tokens stay on
+the device, else the host's own objects choose from the logits of each step.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from eet_patch.adapters.decoder import (
     decoder_of,
     empty_cache,
     head_weight_of,
+    own_context,
     restored_out_of_memory,
 )
 from eet_patch.generation import pool
@@ -83,9 +84,13 @@ def adapter(kind: DecoderKind, cls: type, original: Callable[..., Any]) -> Adapt
             if past is None:
                 past = empty_cache(model)
             kv_cache.lend(past, step.keys, step.values)
-            result = _first_token(original, model, arguments | {"past_key_values": past}, length)
-            past = result.past_key_values
-            _take_cache(step, past, kv_len)
+            if plan.choice is not None and plan.context.own_pass:
+                result = _own_first_token(plan, step, arguments, past)
+            else:
+                given = arguments | {"past_key_values": past}
+                result = _first_token(original, model, given, length)
+                past = result.past_key_values
+                _take_cache(step, past, kv_len)
             step.begin(
                 plan.choice,
                 kv_len,
@@ -116,6 +121,26 @@ def adapter(kind: DecoderKind, cls: type, original: Callable[..., Any]) -> Adapt
         return result.sequences
 
     return Adapter(plan, forward, head_weight_of)
+
+
+def _own_first_token(plan: Plan, step: DecodeStep, arguments: dict[str, Any], past: Any) -> Any:
+    """The context by our own pass, and one token that the host's processors choose from; returns
+    its output object.
+    """
+    input_ids = arguments["input_ids"]
+    raw = own_context(plan.model, plan.context, arguments, step.keys, step.values)
+    tokens = _chosen(arguments["logits_processor"](input_ids, raw.float()), arguments)
+    _hand_over(step, past, plan.context.kv_len)
+    output = sys.modules["transformers.generation.utils"].GenerateDecoderOnlyOutput  # type: ignore[attr-defined]
+    sequences = torch.cat([input_ids, tokens[:, None]], dim=-1)
+    return output(sequences=sequences, past_key_values=past)
+
+
+def _chosen(scores: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """(batch_size,) as the host chooses from scores (batch_size, vocab_size)."""
+    if not arguments["generation_config"].do_sample:
+        return torch.argmax(scores, dim=-1)
+    return torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
 
 
 def _first_token(
@@ -232,11 +257,7 @@ def _with_host(
             scores += (processed,)
         if logits is not None:
             logits += (raw,)
-        if config.do_sample:
-            probabilities = nn.functional.softmax(processed, dim=-1)
-            tokens = torch.multinomial(probabilities, num_samples=1).squeeze(1)
-        else:
-            tokens = torch.argmax(processed, dim=-1)
+        tokens = _chosen(processed, arguments)
         if has_eos:
             tokens = tokens * unfinished + pad * (1 - unfinished)
         sequences = torch.cat([sequences, tokens[:, None]], dim=-1)

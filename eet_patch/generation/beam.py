@@ -179,9 +179,9 @@ def search(
     queued, over = 1, False
     looks: deque[tuple[Tensor, Any]] = deque()
     while queued < limit and not over:
-        for _ in range(min(chunk, limit - queued)):
-            step.run(model, rows, None, shared=True, appended=appended)
-            queued += 1
+        more = min(chunk, limit - queued)
+        step.run(model, rows, None, shared=True, appended=appended, steps=more)
+        queued += more
         if not choice.eos_token_ids:
             continue  # only the limit ends it
         # Steps queued behind the search's end change nothing, so a look may come late.

@@ -120,11 +120,12 @@ def decode_on_device(
     while queued < steps and not ended:
         more = min(chunk, steps - queued)
         make_room(kv_len + queued + more)
-        for _ in range(more):
+        if generator_before is not None and queued == 0:
             step.run(model, len(slots), choice)
-            queued += 1
-            if generator_before is not None and queued == 1:
-                generator_step = _offset(_generator_state(step.device)) - _offset(generator_before)
+            generator_step = _offset(_generator_state(step.device)) - _offset(generator_before)
+            queued, more = 1, more - 1
+        step.run(model, len(slots), choice, steps=more)
+        queued += more
         if can_end or put is not None:
             first = looks[-1].steps if looks else streamed
             columns = (kv_len + 1 + first, kv_len + 1 + queued) if put is not None else None

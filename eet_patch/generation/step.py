@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from eet_patch.ops import decode, selection
-from eet_patch.ops._extension import ACTIVATION_CODES, extension, place
-from eet_patch.ops.launch import address, three_addresses
+from eet_patch.ops._extension import extension, place
+from eet_patch.ops.launch import address
 
-MAX_GRAPHS = 12  # of one step: batch sizes as it shrinks, and selections
+MAX_GRAPHS = 24  # of one step: batch sizes as it shrinks, and selections
+GRAPH_STEPS = 4  # of one graph, where nothing of the host's stands between two steps
 
 
 def plain_tensors() -> contextlib.ExitStack:
@@ -280,36 +281,58 @@ class DecodeStep:
         choice: Selection | None,
         shared: bool = False,
         appended: Appended | None = None,
+        steps: int = 1,
     ) -> None:
-        """One step of the first `rows` rows. Without a `choice` it ends with the logits, or with
-        what is `appended` to them. `shared`: the past is read through `key_rows`.
+        """`steps` steps of the first `rows` rows. Without a `choice` each ends with the logits, or
+        with what is `appended` to them. `shared`: the past is read through `key_rows`.
         """
-        if choice is not None and choice.sample:
-            # All slots, in one call a step, as torch.multinomial draws: the generator then is where
-            # the host's own loop would have left it.
-            assert self.noise is not None
-            self.noise.exponential_()
+        sample = choice is not None and choice.sample
+        while steps > 0:
+            count = GRAPH_STEPS if self._graphs_work and steps >= GRAPH_STEPS and not sample else 1
+            if sample:
+                # All slots, in one call a step, as torch.multinomial draws: the generator then is
+                # where the host's own loop would have left it.
+                assert self.noise is not None
+                self.noise.exponential_()
+            self._replay(model, rows, choice, shared, appended, count)
+            steps -= count
+
+    def _replay(
+        self,
+        model: DecoderModel,
+        rows: int,
+        choice: Selection | None,
+        shared: bool,
+        appended: Appended | None,
+        steps: int,
+    ) -> None:
+        """`steps` steps by a graph of as many; the first time by their launches."""
+
+        def run() -> None:
+            for _ in range(steps):
+                self._run(model, rows, choice, shared, appended)
+
         if not self._graphs_work:
-            self._run(model, rows, choice, shared, appended)
+            run()
             return
         min_len = 0 if choice is None else self.min_len
-        key = (rows, choice, min_len, shared, None if appended is None else appended.key)
+        added = None if appended is None else appended.key
+        key = (rows, choice, min_len, shared, added, steps)
         graph = self._graphs.get(key)
         if graph is not None:
             try:
                 graph.replay()
             except RuntimeError as error:  # its first launch takes memory of its own
                 self._give_up_graphs("launch", error)
-                self._run(model, rows, choice, shared, appended)
+                run()
             return
-        # Also loads the kernels, which a capture must not.
-        self._run(model, rows, choice, shared, appended)
+        run()  # also loads the kernels, which a capture must not
         if len(self._graphs) >= MAX_GRAPHS:
             self._graphs.clear()
         try:
             graph = decode.Graph(self.device)
             with graph:
-                self._run(model, rows, choice, shared, appended)
+                run()
         except RuntimeError as error:
             self._give_up_graphs("capture", error)
         else:
@@ -349,7 +372,7 @@ class DecodeStep:
     ) -> None:
         hidden_states, logits = self.hidden_states[:rows], self.logits[:rows]
         where = place(hidden_states)
-        vocab_size, hidden_size = model.head_weight.shape
+        hidden_size = model.hidden_size
         whole = rows == self.batch_size
         extension().embedding(
             hidden_states.data_ptr(),
@@ -384,25 +407,8 @@ class DecodeStep:
             None if whole else self.slots,
             self.key_rows if shared else None,
             None,
-        )
-        extension().linear(
-            logits.data_ptr(),
-            hidden_states.data_ptr(),
-            three_addresses((model.head_weight,)),
-            (0, 0, 0),
-            0,
-            address(model.norm_weight),
-            address(model.norm_bias),
-            rows,
-            hidden_size,
-            vocab_size,
-            hidden_size,
-            vocab_size,
-            1,
-            False,
-            ACTIVATION_CODES[None],
-            model.norm_eps,
-            *where,
+            decode.DecodeHead(model.head_weight, model.norm_weight, model.norm_bias, logits),
+            chained=True,
         )
         if appended is not None:
             appended.launch()
@@ -429,6 +435,7 @@ class DecodeStep:
             temperature=choice.temperature,
             top_p=choice.top_p,
             min_p=choice.min_p,
+            chained=appended is None,
         )
 
     def keep_rows(self, kept: list[int]) -> None:

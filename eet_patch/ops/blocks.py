@@ -50,8 +50,9 @@ def attention_block(
 ) -> Tensor:
     """Self-attention with its norm, projections and residual; hidden_states (batch, q_len,
     hidden_size) contiguous, or (total_tokens, hidden_size) when packed. `cache` is written in
-    place; `update_kv` hands the new keys and values to somebody else's cache instead. `mask_tensor`
-    is the bool or additive tensor behind `mask`, where torch's own attention may have it.
+    place; `update_kv` hands the new keys and values to somebody else's cache instead, packed ones
+    as (total_tokens, num_heads, head_dim). `mask_tensor` is the bool or additive tensor behind
+    `mask`, where torch's own attention may have it.
     """
     if cu_seqlens is None:
         batch, q_len, hidden_size = hidden_states.shape
@@ -100,6 +101,8 @@ def attention_block(
             key, value = update_kv(key, value)
     else:
         query, key, value = (t.unflatten(1, (num_heads, head_dim)) for t in (query, key, value))
+        if update_kv is not None:
+            key, value = update_kv(key, value)
     context = attention(
         query,
         key,

@@ -93,6 +93,15 @@ def pack_layers(layers: Sequence[DecodeLayer], in_out: bool) -> LayerTable:
     )
 
 
+class DecodeHead(NamedTuple):
+    """The product with the vocabulary behind the last layer, over its layer norm."""
+
+    weight: Tensor  # (vocab_size, hidden_size)
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    logits: Tensor  # (rows, vocab_size), written
+
+
 def decode_layers_workspace(
     table: LayerTable, like: Tensor, rows: int, max_kv_len: int | None = None
 ) -> Tensor:
@@ -260,8 +269,13 @@ def launch_decode_layers(
     cache_rows: Tensor | None,
     key_rows: Tensor | None,
     max_kv_len: int | None,
+    head: DecodeHead | None = None,
+    chained: bool = False,
 ) -> None:
-    """`decode_layers` without its checks."""
+    """`decode_layers` without its checks, and with the `head` behind it where there is one.
+    `chained`: the launch before on the stream is the embedding that makes the hidden states.
+    """
+    weight, norm_weight, norm_bias, logits = head or (None, None, None, None)
     extension().decode_layers(
         out.data_ptr(),
         hidden_states.data_ptr(),
@@ -282,6 +296,12 @@ def launch_decode_layers(
         table.in_out,
         norm_eps,
         ACTIVATION_CODES[activation],
+        address(weight),
+        address(norm_weight),
+        address(norm_bias),
+        address(logits),
+        0 if weight is None else weight.shape[0],
+        chained,
         workspace.data_ptr(),
         workspace.numel(),
         *place(hidden_states),

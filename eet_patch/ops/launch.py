@@ -56,8 +56,8 @@ class KVCache(NamedTuple):
     past_len: int
 
 
-# Appends (key, value), each (batch, num_heads, q_len, head_dim), to a cache and returns all of its
-# keys and values.
+# Appends (key, value), each (batch, num_heads, q_len, head_dim), or packed, to a cache and returns
+# all that is attended to.
 UpdateKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 

@@ -234,8 +234,11 @@ def launch_select_token(
     temperature: float = 1.0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    chained: bool = False,
 ) -> None:
-    """`select_token` without its checks. On CUDA it allocates nothing and may be captured."""
+    """`select_token` without its checks. On CUDA it allocates nothing and may be captured.
+    `chained`: the launch before on the stream is `launch_decode_layers`, with a head.
+    """
     if runs_in_torch(logits):
         torch_select_token(
             logits,
@@ -286,6 +289,7 @@ def launch_select_token(
         temperature,
         top_p,
         min_p,
+        chained,
         workspace.data_ptr(),
         workspace.numel(),
         *place(logits),

@@ -13,6 +13,7 @@ import torch
 import transformers
 from helpers import (
     assert_fell_back,
+    assert_same_cache,
     assert_same_tokens,
     batch_of,
     patched,
@@ -364,7 +365,7 @@ def test_a_cache_of_ones_own(device):
         out, cache = run()
     assert torch.equal(out, own) and cache.get_seq_length() == own_cache.get_seq_length()
     for mine, theirs in zip(cache.layers, own_cache.layers, strict=True):
-        torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-4, atol=1e-4)
+        assert_same_cache(mine.keys, theirs.keys, inputs["attention_mask"])
 
 
 # --- weights, memory, threads --------------------------------------------------------------------

@@ -195,7 +195,8 @@ def no_room(*_, **__):
 @pytest.mark.parametrize(
     ("settings", "target", "place"),
     [
-        ({}, "gpt2_sample", "_take_cache"),
+        ({}, "gpt2_sample", "own_context"),
+        ({"no_repeat_ngram_size": 2}, "gpt2_sample", "_take_cache"),
         ({}, "gpt2_sample", "decode_on_device"),
         ({"do_sample": True}, "gpt2_sample", "decode_on_device"),
         ({"do_sample": True, "no_repeat_ngram_size": 2}, "gpt2_sample", "decode_with_host"),
@@ -208,6 +209,8 @@ def test_out_of_memory_on_the_way(device, monkeypatch, settings, target, place, 
     """The original runs the whole call, from the cache and the generator that it began with."""
     if cache is not None and "num_beams" in settings:
         pytest.skip("a beam search from the user's cache is the original's anyway")
+    if cache is not None and place == "own_context":
+        pytest.skip("the context of the user's cache is the host's, where there is padding")
     model = tiny_gpt2(device)
     inputs = batch_of("left", device, (9, 5, 7), vocab_size=500)
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0} | settings

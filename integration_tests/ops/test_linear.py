@@ -34,6 +34,26 @@ def test_linear(device, dtype, shape, out_features, weight_layout):
 
 
 @layouts
+@pytest.mark.parametrize("rows", [4, 16, 40])
+@pytest.mark.parametrize("in_features", [520, 1608, 5128])
+def test_linear_over_parts_of_the_input(device, rows, in_features, weight_layout):
+    """On CUDA a block keeps a few hundred columns of the input at a time."""
+    given = inputs.linear_inputs(
+        (rows, in_features), 200, torch.float16, device, weight_layout=weight_layout, norm=True
+    )
+    check(**given, activation="gelu_tanh")
+
+
+@pytest.mark.parametrize("rows", [8, 16])
+def test_linear_with_more_tiles_than_blocks(device, rows):
+    """A block goes on to another tile, and over the parts of its input again."""
+    given = inputs.linear_inputs(
+        (rows, 1608), 64 * 400 + 8, torch.float16, device, weight_layout="in_out", norm=True
+    )
+    check(**given)
+
+
+@layouts
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("norm", ["norm", "no norm bias", "no norm"])
