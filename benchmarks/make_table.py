@@ -9,9 +9,11 @@ benchmark, as `bert_encode`, for a table per device, or `bert_encode:nvidia_h200
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import gpt2_context
 from harness import BASELINE, PATCHED, RESULTS, ROOT, Row, read_rows, slug
@@ -77,8 +79,10 @@ def milliseconds(value: str) -> str:
     return f"{number:.0f}" if number >= 100 else f"{number:#.3g}"
 
 
-def table(rows: list[Row]) -> str:
-    """One Markdown table, with hardware, versions and command above it."""
+def table(rows: list[Row], folder: Path) -> str:
+    """One Markdown table, with hardware, versions and command above it, and the chart below where
+    make_chart.py has drawn it; `folder` is where the document lies.
+    """
     case, unit = rows[0]["case"], UNITS[rows[0]["case"]]
     providers = [name for name in TITLES if any(row["provider"] == name for row in rows)]
     generates = any(row["new_tokens"] != "0" for row in rows)
@@ -114,19 +118,20 @@ def table(rows: list[Row]) -> str:
         quoted = [QUOTED[case][1](first)] if case in QUOTED else []
         lines.append([model, dtype, batch, length, *times, *ratios, floor, *quoted])
     body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    picture = f"docs/benchmark_{case}_{slug(rows[0]['device'])}.png"
-    drawn = f"\n![{case} on {rows[0]['device']}]({picture})\n" if (ROOT / picture).exists() else ""
+    picture = ROOT / "docs" / f"benchmark_{case}_{slug(rows[0]['device'])}.png"
+    link = f"\n![{case} on {rows[0]['device']}]({os.path.relpath(picture, folder)})\n"
+    drawn = link if picture.exists() else ""
     return f"{', '.join(facts)}; medians. `python benchmarks/{case}.py`\n\n{body}\n{drawn}"
 
 
-def fill_in(text: str) -> str:
-    """Return the README's text with every marked table made anew."""
+def fill_in(text: str, folder: Path = ROOT) -> str:
+    """Return a document's text with every marked table made anew."""
 
     def replace(match: re.Match[str]) -> str:
         case, _, stem = match["name"].partition(":")
         if case not in UNITS:
             raise SystemExit(f"benchmark:{match['name']}: the benchmarks are {', '.join(UNITS)}")
-        tables = "\n".join(table(rows) for rows in load(case, stem or "*"))
+        tables = "\n".join(table(rows, folder) for rows in load(case, stem or "*"))
         return f"{match[1]}{tables or 'Not measured yet.' + chr(10)}{match[3]}"
 
     text = re.sub(
@@ -190,7 +195,7 @@ def main() -> int:
     stale = 0
     for path in (*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").rglob("*.md"))):
         old = path.read_text(encoding="utf-8")
-        new = fill_in(old)
+        new = fill_in(old, path.parent)
         if new == old:
             continue
         if args.check:
