@@ -13,7 +13,7 @@ PY4 = $(VENV4)/bin/python
 PYF = $(VENVF)/bin/python
 SOURCES = $(shell find csrc eet_patch -type f -not -name '*.pyc' -not -name '*.so') setup.py pyproject.toml
 
-.PHONY: demo test test-transformers5 test-transformers4 test-fairseq lint format types cuda-check tables clean
+.PHONY: docs demo test test-transformers5 test-transformers4 test-fairseq lint format types cuda-check tables clean
 
 # The main job on real models: a BERT (MiniLM) and a small GPT-2, patched and unpatched.
 demo: $(VENV)/installed
@@ -27,7 +27,7 @@ test-transformers5: $(VENV)/installed
 	cd integration_tests && ../$(PY) -m pytest -q $(PYTEST_ARGS)
 
 test-transformers4: $(VENV4)/installed
-	cd integration_tests && ../$(PY4) -m pytest -q patching transformers generation $(PYTEST_ARGS)
+	cd integration_tests && ../$(PY4) -m pytest -q patching transformers generation models $(PYTEST_ARGS)
 
 # Trains four small models first, two minutes on two cores, and keeps them in ~/.cache/eet_patch.
 test-fairseq: $(VENVF)/installed
@@ -39,7 +39,7 @@ $(VENV)/bin/python:
 
 $(VENV)/installed: $(VENV)/bin/python requirements-dev.txt $(SOURCES)
 	$(PY) -m pip install -q -r requirements-dev.txt
-	$(PY) -m pip install -q ".[transformers,dev]"
+	$(PY) -m pip install -q ".[transformers,serve,serve-ray,docs,dev]"
 	touch $@
 
 # The second environment sees the first one's packages (torch among them) behind its own.
@@ -62,6 +62,7 @@ $(VENVF)/installed: $(VENV)/installed requirements-fairseq.txt
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/hadolint Dockerfile packaging/*.Dockerfile
 	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 format: $(VENV)/installed
@@ -72,6 +73,10 @@ format: $(VENV)/installed
 types: $(VENV)/installed
 	$(VENV)/bin/mypy eet_patch
 
+# The pages of docs/ into build/site; a broken link or reference fails.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 # Compiles the CUDA part too, for sm_80 and sm_90a, and fails on a warning. Needs nvcc, no GPU.
 cuda-check: $(VENV)/installed
 	EET_CUDA=1 EET_CUDA_ARCHS="80;90a" EET_WERROR=1 \
@@ -79,8 +84,8 @@ cuda-check: $(VENV)/installed
 
 # The README's tables and charts, from benchmarks/results.
 tables: $(VENV)/installed
-	$(PY) benchmarks/make_table.py
 	$(PY) benchmarks/make_chart.py
+	$(PY) benchmarks/make_table.py
 
 clean:
 	rm -rf build $(VENV) $(VENV4) $(VENVF) eet_patch/*.so *.egg-info

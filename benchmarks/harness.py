@@ -13,7 +13,6 @@ import csv
 import datetime
 import functools
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 import eet_patch
+from eet_patch.testing.timing import clock, device_name
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where rows are written; processes beside each other need folders of their own.
@@ -216,17 +216,6 @@ def check(
     )
 
 
-def clock(call: Callable[[], Tensor], device: str) -> float:
-    """Milliseconds of one call as its caller waits for it: host clock, the device synchronised."""
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    call()
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - started) * 1e3
-
-
 def measure(
     providers: Sequence[Provider],
     compare: Callable[[Provider, Tensor], tuple[float, bool]],
@@ -332,17 +321,6 @@ def last_cache_bytes(device: str) -> int:
 
 
 # --- rows ----------------------------------------------------------------------------------------
-
-
-def device_name(device: str) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-        name = found[1] if found else name
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def slug(device: str) -> str:

@@ -1,20 +1,22 @@
-"""Write the README's tables of results from benchmarks/results/*.csv, between marker comments.
+"""Write the tables of results from benchmarks/results/*.csv, between marker comments: those of
+README.md, README_zh.md and docs/.
 
-    python benchmarks/make_table.py          # rewrite README.md
-    python benchmarks/make_table.py --check  # exit 1 if README.md is not what the CSV files give
+    python benchmarks/make_table.py          # rewrite them
+    python benchmarks/make_table.py --check  # exit 1 if one is not what the CSV files give
 
 A table stands between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->`. NAME is a
 benchmark, as `bert_encode`, for a table per device, or `bert_encode:nvidia_h200` for one device.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import gpt2_context
-from harness import BASELINE, PATCHED, RESULTS, ROOT, Row, read_rows
+from harness import BASELINE, PATCHED, RESULTS, ROOT, Row, read_rows, slug
 
 FAIRSEQ = "fairseq"  # what its benchmarks compare with
 TITLES = {
@@ -81,8 +83,10 @@ def milliseconds(value: str) -> str:
     return f"{number:.0f}" if number >= 100 else f"{number:#.3g}"
 
 
-def table(rows: list[Row]) -> str:
-    """One Markdown table, with hardware, versions and command above it."""
+def table(rows: list[Row], folder: Path) -> str:
+    """One Markdown table, with hardware, versions and command above it, and the chart below where
+    make_chart.py has drawn it; `folder` is where the document lies.
+    """
     case, unit = rows[0]["case"], UNITS[rows[0]["case"]]
     providers = [name for name in TITLES if any(row["provider"] == name for row in rows)]
     generates = any(row["new_tokens"] != "0" for row in rows)
@@ -119,17 +123,20 @@ def table(rows: list[Row]) -> str:
         quoted = [QUOTED[case][1](first)] if case in QUOTED else []
         lines.append([model, dtype, batch, length, *times, *ratios, floor, *quoted])
     body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{', '.join(facts)}; medians. `python benchmarks/{case}.py`\n\n{body}\n"
+    picture = ROOT / "docs" / f"benchmark_{case}_{slug(rows[0]['device'])}.png"
+    link = f"\n![{case} on {rows[0]['device']}]({os.path.relpath(picture, folder)})\n"
+    drawn = link if picture.exists() else ""
+    return f"{', '.join(facts)}; medians. `python benchmarks/{case}.py`\n\n{body}\n{drawn}"
 
 
-def fill_in(text: str) -> str:
-    """Return the README's text with every marked table made anew."""
+def fill_in(text: str, folder: Path = ROOT) -> str:
+    """Return a document's text with every marked table made anew."""
 
     def replace(match: re.Match[str]) -> str:
         case, _, stem = match["name"].partition(":")
         if case not in UNITS:
             raise SystemExit(f"benchmark:{match['name']}: the benchmarks are {', '.join(UNITS)}")
-        tables = "\n".join(table(rows) for rows in load(case, stem or "*"))
+        tables = "\n".join(table(rows, folder) for rows in load(case, stem or "*"))
         return f"{match[1]}{tables or 'Not measured yet.' + chr(10)}{match[3]}"
 
     text = re.sub(
@@ -138,7 +145,43 @@ def fill_in(text: str) -> str:
         text,
         flags=re.S,
     )
+    text = re.sub(
+        r"(<!-- serving -->\n).*?(<!-- /serving -->)",
+        lambda match: f"{match[1]}{serving()}{match[2]}",
+        text,
+        flags=re.S,
+    )
     return MARKER.sub(replace, text)
+
+
+def serving() -> str:
+    """What examples/serve_load_test.py --record measured, a table a device."""
+    tables = []
+    for path in sorted((RESULTS / "serving").glob("*.csv")):
+        rows = read_rows(path)
+        first = rows[0]
+        lines = [
+            ["", "requests a second", "p50, ms", "p99, ms", "lost", "largest difference"],
+            ["---"] + ["---:"] * 5,
+        ]
+        lines += [
+            [
+                TITLES[row["provider"]],
+                row["requests_per_second"],
+                row["p50_ms"],
+                row["p99_ms"],
+                f"{row['lost']} of {row['requests']}",
+                row["max_difference"] or "–",
+            ]
+            for row in rows
+        ]
+        body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        facts = [first["device"], first["model"], f"torch {first['torch']}", first["host"]]
+        facts += [f"{first['clients']} clients", first["date"]]
+        rates = {row["provider"]: float(row["requests_per_second"]) for row in rows}
+        ratio = f"{rates[PATCHED] / rates[BASELINE]:.2f}x the requests"
+        tables.append(f"{', '.join(facts)}: {ratio}.\n\n{body}\n")
+    return "\n".join(tables) or "Not measured yet.\n"
 
 
 def targets() -> str:
@@ -152,20 +195,21 @@ def targets() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if stale")
     args = parser.parse_args()
-    old = args.readme.read_text(encoding="utf-8")
-    new = fill_in(old)
-    if new == old:
-        print(f"{args.readme.name} is up to date")
-        return 0
-    if args.check:
-        print(f"{args.readme.name} is stale: run python benchmarks/make_table.py", file=sys.stderr)
-        return 1
-    args.readme.write_text(new, encoding="utf-8")
-    print(f"{args.readme.name} rewritten")
-    return 0
+    stale = 0
+    for path in (*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").rglob("*.md"))):
+        old = path.read_text(encoding="utf-8")
+        new = fill_in(old, path.parent)
+        if new == old:
+            continue
+        if args.check:
+            print(f"{path.name} is stale: run python benchmarks/make_table.py", file=sys.stderr)
+            stale = 1
+        else:
+            path.write_text(new, encoding="utf-8")
+            print(f"{path.name} rewritten")
+    return stale
 
 
 if __name__ == "__main__":

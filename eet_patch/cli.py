@@ -1,4 +1,6 @@
-"""`python -m eet_patch info`, `run script.py args...`, `run -m module args...`, `fairseq-dir`."""
+"""`python -m eet_patch info`, `run script.py args...`, `run -m module args...`, `bench`,
+`fairseq-dir`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 import eet_patch
+from eet_patch import bench
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("target", help="the script, or the module after -m")
     run.add_argument("args", nargs=argparse.REMAINDER, help="its arguments, passed on as they are")
     commands.add_parser("fairseq-dir", help="the folder that fairseq's commands take as --user-dir")
+    timing = commands.add_parser(
+        "bench", help="time your model unpatched and patched, check its answers, draw a chart"
+    )
+    bench.add_arguments(timing)
     options = parser.parse_args(argv)
+    if options.command == "bench":
+        return bench.run(options)
     if options.command == "info":
         print(info())
         return 0

@@ -67,7 +67,7 @@ print(f"Python {platform.python_version()}, torch {torch.__version__}, transform
 print("extension:", extension().build_info())
 PY
   wanted ops && tests ops ops
-  wanted end_to_end && tests end_to_end patching transformers generation "${alone[@]/#/--ignore=}"
+  wanted end_to_end && tests end_to_end patching transformers generation models "${alone[@]/#/--ignore=}"
   # Its commands are tested on the CPU, on models that take minutes to train.
   if wanted end_to_end && python3 -c "import importlib.metadata as m; m.version('ve-fairseq')" 2> /dev/null; then
     tests fairseq fairseq/test_layers.py fairseq/test_search.py

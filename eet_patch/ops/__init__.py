@@ -1,11 +1,6 @@
 """The op-level API: functions over tensors and the caller's own weights."""
 
-from eet_patch.ops.attention import (
-    attention,
-    cross_multi_head_attention,
-    masked_multi_head_attention,
-    multi_head_attention,
-)
+from eet_patch.ops.attention import attention
 from eet_patch.ops.beam_selection import top_candidates
 from eet_patch.ops.beam_state import (
     BeamState,
@@ -28,6 +23,11 @@ from eet_patch.ops.elementwise import (
     layernorm,
 )
 from eet_patch.ops.feed_forward import ffn
+from eet_patch.ops.multi_head_attention import (
+    cross_multi_head_attention,
+    masked_multi_head_attention,
+    multi_head_attention,
+)
 from eet_patch.ops.packing import Packing, gather_rows, pack_tokens
 from eet_patch.ops.products import linear
 from eet_patch.ops.selection import (

@@ -13,8 +13,11 @@ from eet_patch.ops.beam_state import MAX_CANDIDATES
 from eet_patch.ops.checks import (
     check_buffer,
     check_contiguous,
+    check_shape,
+    check_tensor,
 )
 from eet_patch.ops.launch import address
+from eet_patch.ops.registration import registered, returns_nothing
 from eet_patch.ops.selection import check_logits, check_processors, count_of, runs_in_torch
 from eet_patch.ops.torch_selection import torch_top_candidates
 
@@ -65,8 +68,55 @@ def top_candidates(
     Source: the step of beam search (Graves 2012, arXiv:1211.3711).
     """
     rows, vocab_size = check_logits(logits)
-    if not 1 <= count <= min(MAX_CANDIDATES, vocab_size):
-        raise ValueError(f"count must be in [1, {min(MAX_CANDIDATES, vocab_size)}], got {count}")
+    _check_count(count, vocab_size)
+    if out is None:
+        out = (
+            logits.new_empty(rows, count, dtype=torch.float32),
+            logits.new_empty(rows, count, dtype=torch.int32),
+        )
+    else:
+        check_tensor(out[0], "out[0]")
+        check_shape(out[0], (rows, count), "out[0]")
+    _top_candidates(
+        logits,
+        *out,
+        row_scores=row_scores,
+        slots=slots,
+        seen=seen,
+        lengths=lengths,
+        eos_token_ids=eos_token_ids,
+        suppressed_tokens=suppressed_tokens,
+        min_len=min_len,
+        repetition_penalty=repetition_penalty,
+        workspace=workspace,
+    )
+    return out
+
+
+@registered(
+    returns_nothing, mutates=("scores_out", "tokens_out", "workspace"), name="top_candidates"
+)
+def _top_candidates(
+    logits: Tensor,
+    scores_out: Tensor,
+    tokens_out: Tensor,
+    *,
+    row_scores: Tensor | None = None,
+    slots: Tensor | None = None,
+    seen: Tensor | None = None,
+    lengths: Tensor | None = None,
+    eos_token_ids: Tensor | None = None,
+    suppressed_tokens: Tensor | None = None,
+    min_len: int = 0,
+    repetition_penalty: float = 1.0,
+    workspace: Tensor | None = None,
+) -> None:
+    rows, vocab_size = check_logits(logits)
+    check_tensor(scores_out, "out[0]")
+    count = scores_out.shape[1] if scores_out.dim() == 2 else 0
+    _check_count(count, vocab_size)
+    check_buffer(scores_out, (torch.float32,), logits, "out[0]", (rows, count))
+    check_buffer(tokens_out, (torch.int32,), logits, "out[1]", (rows, count))
     if row_scores is not None:
         check_buffer(row_scores, (torch.float32,), logits, "row_scores", (rows,))
     if lengths is not None:
@@ -81,14 +131,6 @@ def top_candidates(
     check_processors(
         logits, num_slots, slots, seen, eos_token_ids, suppressed_tokens, repetition_penalty
     )
-    if out is None:
-        out = (
-            logits.new_empty(rows, count, dtype=torch.float32),
-            logits.new_empty(rows, count, dtype=torch.int32),
-        )
-    else:
-        check_buffer(out[0], (torch.float32,), logits, "out[0]", (rows, count))
-        check_buffer(out[1], (torch.int32,), logits, "out[1]", (rows, count))
     if workspace is None:
         workspace = top_candidates_workspace(logits)
     else:
@@ -96,7 +138,8 @@ def top_candidates(
         check_contiguous(workspace, "workspace")
     launch_top_candidates(
         logits,
-        *out,
+        scores_out,
+        tokens_out,
         workspace,
         row_scores=row_scores,
         slots=slots,
@@ -107,7 +150,11 @@ def top_candidates(
         min_len=min_len,
         repetition_penalty=repetition_penalty,
     )
-    return out
+
+
+def _check_count(count: int, vocab_size: int) -> None:
+    if not 1 <= count <= min(MAX_CANDIDATES, vocab_size):
+        raise ValueError(f"count must be in [1, {min(MAX_CANDIDATES, vocab_size)}], got {count}")
 
 
 def launch_top_candidates(

@@ -18,6 +18,7 @@ from eet_patch.ops.checks import (
     check_tensor,
 )
 from eet_patch.ops.launch import address
+from eet_patch.ops.registration import registered, returns_nothing
 from eet_patch.ops.selection import count_of, runs_in_torch
 from eet_patch.ops.torch_selection import torch_beam_step
 
@@ -71,6 +72,70 @@ def beam_step(
     Source: Graves 2012, arXiv:1211.3711; the order of things is that of transformers'
         `_beam_search`, 4.56 to 5.23.
     """
+    _beam_step(
+        scores,
+        candidate_tokens,
+        tokens,
+        input_ids,
+        position_ids,
+        lengths,
+        key_rows,
+        *state,
+        seen=seen,
+        eos_token_ids=eos_token_ids,
+        stop_when_full=stop_when_full,
+    )
+
+
+@registered(
+    returns_nothing,
+    mutates=(
+        *("tokens", "input_ids", "position_ids", "lengths", "key_rows", "seen"),
+        *(name for name in BeamState._fields if name not in ("limit", "length_penalties")),
+    ),
+    name="beam_step",
+)
+def _beam_step(
+    scores: Tensor,
+    candidate_tokens: Tensor,
+    tokens: Tensor,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    lengths: Tensor,
+    key_rows: Tensor,
+    running_scores: Tensor,
+    generated: Tensor,
+    ended_scores: Tensor,
+    ended_tokens: Tensor,
+    ended_lengths: Tensor,
+    ended_indices: Tensor,
+    has_ended: Tensor,
+    improvable: Tensor,
+    outlook: Tensor,
+    top_scores: Tensor,
+    top_parents: Tensor,
+    limit: Tensor,
+    length_penalties: Tensor,
+    *,
+    seen: Tensor | None,
+    eos_token_ids: Tensor | None,
+    stop_when_full: bool,
+) -> None:
+    state = BeamState(
+        running_scores,
+        generated,
+        ended_scores,
+        ended_tokens,
+        ended_lengths,
+        ended_indices,
+        has_ended,
+        improvable,
+        outlook,
+        top_scores,
+        top_parents,
+        limit,
+        length_penalties,
+    )
     check_tensor(scores, "scores")
     check_dim(scores, 2, "scores")
     batch, num_beams = state.running_scores.shape

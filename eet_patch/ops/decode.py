@@ -18,6 +18,7 @@ from eet_patch.ops.checks import (
     check_shape,
 )
 from eet_patch.ops.launch import MAX_SKINNY_ROWS, address, three_addresses
+from eet_patch.ops.registration import registered, returns_nothing
 
 _LAYER = struct.Struct("26qd")  # struct DecodeLayer of csrc/ops.h
 
@@ -182,6 +183,8 @@ def decode_layers(
     `x = LN1(x + out(attention(x))); x = LN2(x + fc2(activation(fc1(x))))`; with cross-attention
     and a norm of its own between the two where the layers have it. The new key and value are
     written to the cache. What changes from step to step is read on the device.
+    Weights and caches are reached by address, unseen by torch: a compiled function must not read
+    the caches beside this op.
 
     Args:
         hidden_states: (rows, hidden_size), contiguous; rows <= 64 on CUDA.
@@ -207,6 +210,73 @@ def decode_layers(
     Source: Radford et al. 2019 (GPT-2); Vaswani et al. 2017, arXiv:1706.03762. Replaces the blocks
         of `GPT2Model` and the layers of fairseq's `TransformerDecoder` for one new token.
     """
+    _decode_layers(
+        hidden_states,
+        *table[:10],
+        *table.cross_strides,
+        table.cross_len,
+        lengths,
+        activation,
+        norm_eps,
+        workspace,
+        out,
+        kv_start,
+        cache_rows,
+        key_rows,
+        max_kv_len,
+        *(cross or (None, None, None, None)),
+    )
+    return out
+
+
+@registered(returns_nothing, mutates=("workspace", "out", "cross_weights"), name="decode_layers")
+def _decode_layers(
+    hidden_states: Tensor,
+    table_host: Tensor,
+    table_device: Tensor,
+    num_layers: int,
+    num_qkv_weights: int,
+    in_out: bool,
+    intermediate_size: int,
+    num_heads: int,
+    head_dim: int,
+    capacity: int,
+    post_norm: bool,
+    cross_batch_stride: int,
+    cross_head_stride: int,
+    cross_token_stride: int,
+    cross_len: int,
+    lengths: Tensor,
+    activation: str | None,
+    norm_eps: float,
+    workspace: Tensor,
+    out: Tensor,
+    kv_start: Tensor | None,
+    cache_rows: Tensor | None,
+    key_rows: Tensor | None,
+    max_kv_len: int | None,
+    cross_rows: Tensor | None,
+    cross_start: Tensor | None,
+    cross_lengths: Tensor | None,
+    cross_weights: Tensor | None,
+) -> None:
+    cross: CrossView | None = None
+    if cross_rows is not None and cross_lengths is not None:
+        cross = CrossView(cross_rows, cross_start, cross_lengths, cross_weights)
+    table = LayerTable(
+        table_host,
+        table_device,
+        num_layers,
+        num_qkv_weights,
+        in_out,
+        intermediate_size,
+        num_heads,
+        head_dim,
+        capacity,
+        post_norm,
+        (cross_batch_stride, cross_head_stride, cross_token_stride),
+        cross_len,
+    )
     check_operand(hidden_states, "hidden_states")
     check_shape(
         hidden_states, (hidden_states.shape[0], table.num_heads * table.head_dim), "hidden_states"
@@ -260,7 +330,6 @@ def decode_layers(
         max_kv_len,
         cross=cross,
     )
-    return out
 
 
 def launch_decode_layers(

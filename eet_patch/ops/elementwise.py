@@ -16,6 +16,7 @@ from eet_patch.ops.checks import (
     check_shape,
     check_vector,
 )
+from eet_patch.ops.registration import like_first, registered, returns_nothing
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -31,6 +32,11 @@ def _output(like: Tensor, out: Tensor | None) -> Tensor:
     return out
 
 
+def _fake_embedding(input_ids: Tensor, word_weight: Tensor, *_: object, **__: object) -> Tensor:
+    return word_weight.new_empty(*input_ids.shape, word_weight.shape[1])
+
+
+@registered(_fake_embedding)
 def embedding(
     input_ids: Tensor,
     word_weight: Tensor,
@@ -189,6 +195,33 @@ def layernorm(
         ValueError, TypeError: on a shape, dtype, device or layout other than these.
     Source: Ba et al. 2016, arXiv:1607.06450. Replaces `torch.nn.LayerNorm` in patched layers.
     """
+    if out is None:
+        return _layernorm(hidden_states, weight, bias, eps)
+    _layernorm_out(hidden_states, weight, bias, eps, out)
+    return out
+
+
+@registered(like_first, name="layernorm")
+def _layernorm(
+    hidden_states: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    return _run_layernorm(hidden_states, weight, bias, eps, None)
+
+
+@registered(returns_nothing, mutates=("out",), name="layernorm_out")
+def _layernorm_out(
+    hidden_states: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor
+) -> None:
+    _run_layernorm(hidden_states, weight, bias, eps, out)
+
+
+def _run_layernorm(
+    hidden_states: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    out: Tensor | None,
+) -> Tensor:
     check_operand(hidden_states, "hidden_states")
     check_contiguous(hidden_states, "hidden_states")
     hidden_size = _hidden_size(hidden_states)
@@ -238,6 +271,57 @@ def bias_residual_layernorm(
         ValueError, TypeError: on a shape, dtype, device or layout other than these.
     Source: the epilogue of post-norm (arXiv:1706.03762) and pre-norm (arXiv:2002.04745) layers.
     """
+    if out is None:
+        return _bias_residual_layernorm(
+            hidden_states, bias, residual, weight, norm_bias, eps, sum_out
+        )
+    _bias_residual_layernorm_out(
+        hidden_states, bias, residual, weight, norm_bias, eps, out, sum_out
+    )
+    return out
+
+
+@registered(like_first, mutates=("sum_out",), name="bias_residual_layernorm")
+def _bias_residual_layernorm(
+    hidden_states: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    sum_out: Tensor | None,
+) -> Tensor:
+    return _run_bias_residual_layernorm(
+        hidden_states, bias, residual, weight, norm_bias, eps, None, sum_out
+    )
+
+
+@registered(returns_nothing, mutates=("out", "sum_out"), name="bias_residual_layernorm_out")
+def _bias_residual_layernorm_out(
+    hidden_states: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    out: Tensor,
+    sum_out: Tensor | None,
+) -> None:
+    _run_bias_residual_layernorm(
+        hidden_states, bias, residual, weight, norm_bias, eps, out, sum_out
+    )
+
+
+def _run_bias_residual_layernorm(
+    hidden_states: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    out: Tensor | None,
+    sum_out: Tensor | None,
+) -> Tensor:
     check_operand(hidden_states, "hidden_states")
     check_contiguous(hidden_states, "hidden_states")
     hidden_size = _hidden_size(hidden_states)
@@ -287,6 +371,28 @@ def bias_activation(
         ValueError, TypeError: on a shape, dtype, device, layout or activation other than these.
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
+    if out is None:
+        return _bias_activation(hidden_states, bias, activation)
+    _bias_activation_out(hidden_states, bias, activation, out)
+    return out
+
+
+@registered(like_first, name="bias_activation")
+def _bias_activation(hidden_states: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    return run_bias_activation(hidden_states, bias, activation, None)
+
+
+@registered(returns_nothing, mutates=("out",), name="bias_activation_out")
+def _bias_activation_out(
+    hidden_states: Tensor, bias: Tensor | None, activation: str | None, out: Tensor
+) -> None:
+    run_bias_activation(hidden_states, bias, activation, out)
+
+
+def run_bias_activation(
+    hidden_states: Tensor, bias: Tensor | None, activation: str | None, out: Tensor | None
+) -> Tensor:
+    """`bias_activation` with its checks, past the dispatcher."""
     check_operand(hidden_states, "hidden_states")
     check_contiguous(hidden_states, "hidden_states")
     check_choice(activation, ACTIVATION_CODES, "activation")

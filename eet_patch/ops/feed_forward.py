@@ -9,8 +9,10 @@ from eet_patch.ops._extension import ACTIVATION_CODES, NORM_CODES
 from eet_patch.ops.checks import check_choice, check_contiguous, check_operand, check_vector
 from eet_patch.ops.launch import Norm
 from eet_patch.ops.products import WEIGHT_LAYOUTS, check_weight
+from eet_patch.ops.registration import like_first, registered
 
 
+@registered(like_first)
 def ffn(
     hidden_states: Tensor,
     fc1_weight: Tensor,

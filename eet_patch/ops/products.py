@@ -15,7 +15,9 @@ from eet_patch.ops.checks import (
     check_shape,
     check_vector,
 )
+from eet_patch.ops.elementwise import run_bias_activation
 from eet_patch.ops.launch import NO_NORM, Norm
+from eet_patch.ops.registration import registered
 
 WEIGHT_LAYOUTS = ("out_in", "in_out")
 
@@ -33,6 +35,19 @@ def check_weight(
     return width
 
 
+def _fake_linear(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weight_layout: str = "out_in",
+    **_: object,
+) -> Tensor:
+    width = weight.shape[1 if weight_layout == "in_out" else 0]
+    return hidden_states.new_empty(*hidden_states.shape[:-1], width)
+
+
+@registered(_fake_linear)
 def linear(
     hidden_states: Tensor,
     weight: Tensor,
@@ -101,9 +116,7 @@ def linear(
     if activation is None:
         out = launch.torch_linear(flat, weight, bias, in_out)
     else:
-        from eet_patch.ops.elementwise import bias_activation
-
         out = launch.torch_linear(flat, weight, None, in_out)
-        bias_activation(out, bias, activation, out=out)
+        run_bias_activation(out, bias, activation, out)
     out = out.view(out_shape)
     return out if residual is None else out.add_(residual)

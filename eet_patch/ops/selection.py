@@ -18,8 +18,10 @@ from eet_patch.ops.checks import (
     check_operand,
     check_positive,
     check_rows_contiguous,
+    check_tensor,
 )
 from eet_patch.ops.launch import address
+from eet_patch.ops.registration import registered, returns_nothing
 from eet_patch.ops.torch_selection import WORD_BITS, torch_select_token
 
 
@@ -28,6 +30,11 @@ def runs_in_torch(logits: Tensor) -> bool:
     return logits.device.type == "cpu"
 
 
+def _fake_seen_tokens(token_ids: Tensor, vocab_size: int) -> Tensor:
+    return token_ids.new_empty(token_ids.shape[0], -(-vocab_size // WORD_BITS), dtype=torch.int32)
+
+
+@registered(_fake_seen_tokens)
 def seen_tokens(token_ids: Tensor, vocab_size: int) -> Tensor:
     """The set of tokens of every row as bits, for `seen` of the ops below.
 
@@ -36,7 +43,14 @@ def seen_tokens(token_ids: Tensor, vocab_size: int) -> Tensor:
         vocab_size: how many tokens there are.
     Returns:
         (num_slots, ceil(vocab_size / 32)), int32: token t is bit t % 32 of word t // 32.
+    Raises:
+        ValueError, TypeError: on a shape or dtype other than these.
+        RuntimeError: an id outside the vocabulary (torch's scatter; on CUDA a device assertion).
     """
+    check_tensor(token_ids, "token_ids")
+    check_dim(token_ids, 2, "token_ids")
+    if token_ids.dtype != torch.int64:
+        raise TypeError(f"token_ids must be int64, got {token_ids.dtype}")
     num_slots = token_ids.shape[0]
     num_words = -(-vocab_size // WORD_BITS)
     seen = torch.zeros(num_slots, num_words * WORD_BITS, dtype=torch.int64, device=token_ids.device)
@@ -61,6 +75,13 @@ def select_token_workspace(logits: Tensor, samples: bool = True) -> Tensor:
     return torch.zeros(size, dtype=torch.uint8, device=logits.device)
 
 
+@registered(
+    returns_nothing,
+    mutates=(
+        *("tokens", "input_ids", "position_ids", "lengths", "finished", "unfinished_count"),
+        *("seen", "workspace"),
+    ),
+)
 def select_token(
     logits: Tensor,
     tokens: Tensor,

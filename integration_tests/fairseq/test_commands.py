@@ -21,7 +21,7 @@ from fairseq_helpers import (
     run_both,
     run_command,
 )
-from helpers import in_place
+from helpers import REPOSITORY, in_place
 
 import eet_patch
 
@@ -131,3 +131,21 @@ def test_training_is_left_alone(trained, tmp_path):
     assert not written["enabled"] and all(row["replaced"] == 0 for row in written["targets"])
     assert models[0].keys() == models[1].keys()
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+
+
+def test_the_readmes_own_line(trained, tmp_path):
+    """`fairseq-generate ...` of README.md, as it stands, where its files are."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^fairseq-generate .*$", text, re.M)
+    (tmp_path / "data-bin").symlink_to(trained / "corpus" / "data")
+    (tmp_path / "model.pt").symlink_to(trained / "pre_norm" / "model.pt")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "EET_REPORT": str(tmp_path / "report.json")}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), *in_place()]))
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
+    words = f"{line} --gen-subset test1 --max-tokens 600 --cpu"
+    done = subprocess.run(
+        ["bash", "-c", words], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=env
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows = json.loads((tmp_path / "report.json").read_text())["targets"]
+    assert_replaced({row["name"]: row for row in rows}, ENCODER, DECODER)

@@ -298,3 +298,41 @@ def test_multi_head_attention_packed_refuses(changes, error, message):
     given = block((6, 8), 4, torch.float32, "cpu") | packed | changes
     with pytest.raises(error, match=message):
         ops.multi_head_attention(**given)
+
+
+def side_by_side(given):
+    """The same block with the three projections in one weight, as GPT-2's c_attn has them."""
+    in_out = given["weight_layout"] == "in_out"
+    names = ("query", "key", "value")
+    weight = torch.cat([given[f"{name}_weight"] for name in names], dim=1 if in_out else 0)
+    biases = [given[f"{name}_bias"] for name in names]
+    bias = None if biases[0] is None else torch.cat(biases)
+    rest = {f"{name}_{part}": None for name in names[1:] for part in ("weight", "bias")}
+    return given | {"query_weight": weight, "query_bias": bias} | rest
+
+
+@pytest.mark.parametrize("weight_layout", ["out_in", "in_out"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_weight_may_hold_the_three_projections(device, dtype, weight_layout, bias):
+    for shape in ((2, 7, 48), (3, 50, 48)):
+        given = inputs.attention_block_inputs(
+            shape, 4, dtype, device, weight_layout=weight_layout, bias=bias
+        )
+        out = ops.multi_head_attention(**side_by_side(given))
+        assert_as_accurate_as_torch(out, reference.multi_head_attention, **given)
+        out = ops.masked_multi_head_attention(**side_by_side(given))
+        assert_as_accurate_as_torch(out, reference.masked_multi_head_attention, **given)
+
+
+def test_what_stands_beside_one_weight_is_checked(device):
+    given = inputs.attention_block_inputs((2, 3, 48), 4, torch.float32, device)
+    for changes, message in (
+        ({"key_weight": None}, "key_weight and value_weight must be given together"),
+        ({"key_weight": None, "value_weight": None}, "key_bias and value_bias must be None"),
+        (
+            {name: None for name in ("key_weight", "value_weight", "key_bias", "value_bias")},
+            r"query_weight must have shape \(144, 48\), got \(48, 48\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.multi_head_attention(**given | changes)

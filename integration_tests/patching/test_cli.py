@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 import transformers
-from helpers import REPOSITORY, in_place
+from helpers import REPOSITORY, in_place, tiny_bert, tiny_gpt2
 
 import eet_patch
 from eet_patch.cli import main
@@ -119,3 +119,30 @@ def test_wrong_usage(args, capsys):
         main(args)
     assert caught.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_bench(tmp_path, monkeypatch, capsys, device, kind):
+    """Checks the answers, times both, writes the chart as text and picture."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny_bert() if kind == "bert" else tiny_gpt2()
+    model.save_pretrained(tmp_path / "model")
+    options = ["--batch", "2", "--length", "7", "--new-tokens", "5", "--seconds", "0.1"]
+    options += ["--dtype", "float32", "--device", device.type]
+    assert main(["bench", "--model", str(tmp_path / "model"), *options]) == 0
+    said = capsys.readouterr().out
+    assert "agree" in said and "model, 2 x 7" + (" + 5" if kind == "gpt2" else "") in said
+    assert (tmp_path / "eet_patch_bench.txt").read_text() in said
+    assert (tmp_path / "eet_patch_bench.png").read_bytes().startswith(b"\x89PNG")
+    assert not eet_patch.report().enabled
+
+
+def test_bench_does_not_count_what_was_not_replaced(tmp_path, monkeypatch, capsys):
+    """A model that runs the original is no result, and the reason is said."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny_bert(hidden_act="gelu_10")
+    model.save_pretrained(tmp_path / "model")
+    options = ["--batch", "1", "--length", "5", "--seconds", "0.1", "--device", "cpu"]
+    assert main(["bench", "--model", str(tmp_path / "model"), *options]) == 1
+    said = capsys.readouterr().out
+    assert "DO NOT COUNT" in said and "no kernel for the activation" in said
