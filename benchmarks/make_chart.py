@@ -16,7 +16,7 @@ from make_table import TITLES, UNITS, by_work, load, milliseconds
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot  # noqa: E402
 
-OTHERS = ("#9aa5b1", "#7b8794", "#cbd2d9", "#b8a9c9", "#c9a227", "#8fb996")
+OTHERS = ("#9aa5b1", "#52606d", "#7b8794", "#cbd2d9", "#b8a9c9", "#c9a227", "#8fb996")
 COLOURS = dict(zip([name for name in TITLES if name != PATCHED], OTHERS, strict=True))
 COLOURS[PATCHED] = "#2f6fde"
 
