@@ -230,6 +230,26 @@ def test_many_rows(device):
     assert len({len(h["tokens"]) for sentence in out for h in sentence}) > 5
 
 
+@pytest.mark.parametrize("batch_size", [1, 5, 13, 30])
+def test_looks_that_come_late(device, monkeypatch, batch_size):
+    """On CUDA the host looks some steps later which sentences are done, and fills batches up to
+    sizes that graphs are there for; here on any device.
+    """
+    monkeypatch.setattr(sentence_search, "runs_behind", lambda device: True)
+    model = model_of(device)
+    with torch.no_grad():
+        model.decoder.output_projection.weight[EOS] *= 0.6
+    lengths = [2 + n % 9 for n in range(batch_size)]
+    for beams in (1, 5):
+        compare(model, sample_of(lengths, device), beam_size=beams, max_len_b=40)
+    prefix = torch.full((batch_size, 2), 7, device=device)
+    compare(model, sample_of(lengths, device), prefix, max_len_b=40)
+    prefix = torch.full((batch_size, 9), 7, device=device)
+    compare(language_model(device), sample_of(lengths, device), prefix, max_len_b=30)
+    sampling = STRATEGIES["top_k"]
+    compare(model, sample_of(lengths, device), strategy=sampling, max_len_b=20)
+
+
 def test_buffers_grow(device):
     """Hypotheses that outgrow the first buffers, several times."""
     model = model_of(device, **LONG)
