@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures parts of what the README shows of GPT-2, one after the other on one GPU, within a time.
+# Measures parts of what the README shows of GPT-2 and fairseq, one after the other on one GPU, within a time.
 #
 #   CUDA_VISIBLE_DEVICES=0 EET_RESULTS=out/0 bash benchmarks/run_gpu.sh 480 compile generate sizes
 #   CUDA_VISIBLE_DEVICES=1 EET_RESULTS=out/1 bash benchmarks/run_gpu.sh 480 context options first_call
@@ -50,6 +50,7 @@ for part in "$@"; do
     options) run options python3 benchmarks/gpt2_options.py --models small,xl "${few[@]}" ;;
     prefill) run prefill python3 benchmarks/gpt2_prefill.py "${few[@]}" ;;
     first_call) run first_call python3 benchmarks/gpt2_first_call.py ;;
+    fairseq) run fairseq python3 benchmarks/fairseq_beam.py "${few[@]}" ;;
     memory) run memory python3 benchmarks/gpt2_first_call.py --models small,8b --runs 1 ;;
     *) echo "run_gpu.sh knows no part $part" && exit 2 ;;
   esac

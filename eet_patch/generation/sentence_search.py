@@ -96,7 +96,8 @@ class Search:
         self.step, self.model, self.options, self.host = step, model, options, host
         self.batch, self.sentences = batch, sentences
         self.alive = list(range(sentences))  # the place of each sentence that is under way
-        self.order = torch.arange(sentences, device=step.device)
+        # Which of the batch each is; what fills it up passes for the last one, and is done.
+        self.order = torch.arange(sentences, device=step.device).clamp(max=batch - 1)
         self._take_buffers()
         beams = options.beams
         self.running_scores.fill_(-torch.inf)
@@ -363,7 +364,7 @@ def search(
     """Hypotheses of `batch` sentences; `prefix` (batch, any) is what they are made to begin with,
     padding where nothing is prescribed.
     """
-    beams, on_gpu = options.beams, step.device.type == "cuda"
+    beams = options.beams
     sentences = batch
     if options.is_plain:
         sentences = min(filled_up(batch, step.device), step.rows // beams)
@@ -374,13 +375,12 @@ def search(
     ends: list[bool] = []
     if prefix is not None and prefix_len:
         ends = (prefix == options.eos).any(0).tolist()
-        prefix = F.pad(prefix, (0, 0, 0, sentences - batch), value=options.pad)
         if options.is_plain and seen is None:
-            first = _begin_with(run, prefix[:batch], prefix_len, ends)
+            first = _begin_with(run, prefix, prefix_len, ends)
     looks: deque[tuple[Tensor, Any]] = deque()
     over, number = False, first
     # Drawing by the host must find the batch that its own loop would have.
-    patient = on_gpu and options.is_plain
+    patient = runs_behind(step.device) and options.is_plain
     while number <= options.max_len and not over:
         run.make_room(number + 2)
         if options.is_plain and number >= prefix_len:
@@ -405,9 +405,14 @@ def search(
     return run.results()
 
 
+def runs_behind(device: torch.device) -> bool:
+    """Whether what is queued runs later, so that the host need not wait to queue more."""
+    return device.type == "cuda"
+
+
 def filled_up(batch: int, device: torch.device) -> int:
     """How many sentences a step is run for."""
-    if device.type != "cuda" or batch <= MULTIPLE_OF_FEW:
+    if not runs_behind(device) or batch <= MULTIPLE_OF_FEW:
         return batch
     multiple = MULTIPLE_OF_FEW if batch <= FEW_SENTENCES else MULTIPLE_OF_MANY
     return (batch + multiple - 1) // multiple * multiple

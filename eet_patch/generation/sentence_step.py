@@ -33,7 +33,7 @@ from eet_patch.ops.launch import (
     uses_our_products,
 )
 
-MAX_GRAPHS = 12  # of one step: batches as they shrink
+MAX_GRAPHS = 32  # of one step: batches as they shrink
 BLOCK = 32  # tokens; capacities are multiples of it, so that calls of like lengths share buffers
 # What the idle step of a model may hold between two batches: the host's own caches of a batch, and
 # their copies, are more.

@@ -134,7 +134,6 @@ def torch_hypothesis_step(
     sentences, kept = scores.shape
     beams = state.ended_scores.shape[1]
     device = scores.device
-    step = int(state.lengths[0]) if device.type == "cpu" else state.lengths[0]
     ignored = state.ignored.view(sentences, beams).bool()
     ends = (tokens == eos) & (scores != -torch.inf)
     ends[:, :beams] &= ~ignored
@@ -166,10 +165,8 @@ def torch_hypothesis_step(
     slots = state.slots.long()
     moved = state.key_rows[from_rows]
     parent_slots = state.slots[from_rows]
-    if device.type == "cpu":
-        moved[:, step] = parent_slots
-    else:
-        moved.scatter_(1, state.lengths[:, None].long(), parent_slots[:, None])
+    # Sentences that are done stand still, so that rows may be at different steps.
+    moved.scatter_(1, state.lengths[:, None].long(), parent_slots[:, None])
     state.key_rows.copy_(torch.where(running[:, None], moved, state.key_rows))
     put(state.lengths, state.lengths + 1)
     at = slots, state.lengths.long()

@@ -230,6 +230,87 @@ def test_many_rows(device):
     assert len({len(h["tokens"]) for sentence in out for h in sentence}) > 5
 
 
+@pytest.mark.parametrize("batch_size", [1, 5, 13, 30])
+def test_looks_that_come_late(device, monkeypatch, batch_size):
+    """On CUDA the host looks some steps later which sentences are done, and fills batches up to
+    sizes that graphs are there for; here on any device.
+    """
+    monkeypatch.setattr(sentence_search, "runs_behind", lambda device: True)
+    model = model_of(device)
+    with torch.no_grad():
+        model.decoder.output_projection.weight[EOS] *= 0.6
+    lengths = [2 + n % 9 for n in range(batch_size)]
+    for beams in (1, 5):
+        compare(model, sample_of(lengths, device), beam_size=beams, max_len_b=40)
+    prefix = torch.full((batch_size, 2), 7, device=device)
+    compare(model, sample_of(lengths, device), prefix, max_len_b=40)
+    prefix = torch.full((batch_size, 9), 7, device=device)
+    compare(language_model(device), sample_of(lengths, device), prefix, max_len_b=30)
+    sampling = STRATEGIES["top_k"]
+    compare(model, sample_of(lengths, device), strategy=sampling, max_len_b=20)
+
+
+class RecordedCalls:
+    """Stands for a CUDA graph: the calls of a step, with the tensors that they had when it was
+    captured.
+    """
+
+    def __init__(self, launch):
+        self.calls = []
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name in (
+                (sentence_step.SentenceStep, "_embed"),
+                (sentence_step.decode, "launch_decode_layers"),
+                (sentence_search.beam_selection, "launch_top_candidates"),
+                (sentence_search, "launch_hypothesis_step"),
+            ):
+                patch.setattr(owner, name, self.recorder(getattr(owner, name)))
+            launch()
+        assert len(self.calls) in (2, 4)  # with the logits alone, or all
+
+    def recorder(self, function):
+        return lambda *args, **kwargs: self.calls.append((function, args, kwargs))
+
+    def replay(self):
+        for function, args, kwargs in self.calls:
+            function(*args, **kwargs)
+
+
+def test_what_a_graph_bakes_in(monkeypatch):
+    """A step that was captured once serves batches of other sentences, of any size, and goes on to
+    do so when some of them have left, or the buffers have grown.
+    """
+    captured = []
+    allocate = sentence_step.SentenceStep._allocate
+
+    def with_graphs(self, *args):
+        allocate(self, *args)
+        self._graphs_work = True
+
+    def capture(self, launch):
+        captured.append(RecordedCalls(launch))
+        return captured[-1]
+
+    monkeypatch.setattr(sentence_step.SentenceStep, "_allocate", with_graphs)
+    monkeypatch.setattr(sentence_step.SentenceStep, "_captured", capture)
+    monkeypatch.setattr(sentence_search, "runs_behind", lambda device: True)
+    model = model_of(**LONG)
+    with torch.no_grad():
+        model.decoder.output_projection.weight[EOS] *= 0.6
+    with eet_patch.enabled():
+        for _ in range(2):
+            for seed, batch_size in enumerate((13, 12, 5, 13, 1, 9)):
+                sample = sample_of([2 + n % 9 for n in range(batch_size)], "cpu", seed=seed)
+                for options in ({}, {"beam_size": 2}, {"min_len": 3, "max_len_b": 90}):
+                    out = run(model, sample, **options)
+                    with eet_patch.enabled(exclude=SEARCH):
+                        own = run(model, sample, **options)
+                    assert_same(out, own)
+        few = len(captured)
+        run(model, sample, **options)
+        assert len(captured) == few > 5  # all that the last call needs was there
+
+
 def test_buffers_grow(device):
     """Hypotheses that outgrow the first buffers, several times."""
     model = model_of(device, **LONG)
