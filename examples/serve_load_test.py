@@ -247,6 +247,7 @@ def record(args: argparse.Namespace, tallies: dict[str, Tally], difference: floa
                 "torch": torch.__version__,
                 "host": f"transformers {transformers.__version__}",
                 "options": " ".join(args.options),
+                "commit": os.environ.get("EET_COMMIT", ""),
                 "date": datetime.date.today().isoformat(),
             }
         )
