@@ -45,7 +45,7 @@ def serving():
 @pytest.mark.slow
 def test_serving_loses_nothing(serving):
     """Patched and unpatched give the same answers; every request gets one."""
-    said = run_example("serve_load_test.py", "--requests", "150", "--", "--threads", "1")
+    said = run_example("serve_load_test.py", "--requests", "120", "--rounds", "1")
     assert said.count("lost 0") == 2, said
 
 
