@@ -20,7 +20,7 @@ from eet_patch.adapters.fairseq_host import (
 )
 from eet_patch.adapters.host import linear_reason
 from eet_patch.gates import parameter_reason, submodule_reason
-from eet_patch.generation.sentence_step import SentenceDecoder
+from eet_patch.generation.sentence_decoder import SentenceDecoder
 from eet_patch.ops.decode import CrossLayer, DecodeLayer
 from eet_patch.ops.launch import NO_NORM, Norm
 

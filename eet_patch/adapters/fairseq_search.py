@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from eet_patch.adapters.fairseq_model import decoder_of, model_reason
+from eet_patch.generation.sentence_decoder import SentenceDecoder, Sentences
+from eet_patch.generation.sentence_pool import borrow, give_back
 from eet_patch.generation.sentence_search import (
     Ended,
     HostSearch,
@@ -20,13 +22,7 @@ from eet_patch.generation.sentence_search import (
     filled_up,
     search,
 )
-from eet_patch.generation.sentence_step import (
-    BLOCK,
-    SentenceDecoder,
-    Sentences,
-    borrow,
-    give_back,
-)
+from eet_patch.generation.sentence_step import BLOCK
 from eet_patch.ops.beam_state import MAX_BEAMS, MAX_CANDIDATES
 from eet_patch.patching import Adapter
 

@@ -19,12 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eet_patch.generation.loop import BATCH_SIZES, recorded, to_host
-from eet_patch.generation.sentence_step import (
-    SentenceDecoder,
-    Sentences,
-    SentenceStep,
-    in_blocks,
-)
+from eet_patch.generation.sentence_decoder import SentenceDecoder, Sentences
+from eet_patch.generation.sentence_step import SentenceStep, in_blocks
 from eet_patch.generation.step import Appended
 from eet_patch.ops import beam_selection
 from eet_patch.ops.beam_state import MAX_BEAMS, MAX_CANDIDATES

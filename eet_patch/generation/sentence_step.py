@@ -2,22 +2,25 @@
 
 Few rows go through `decode_layers`; more go to torch's products, layer by layer, with the step's
 attention between them. On CUDA either is captured as a graph and replayed. A step belongs to one
-call at a time; `borrow` lends them out.
+call at a time; `sentence_pool` lends them out.
 """
 
 from __future__ import annotations
 
-import threading
 import warnings
-import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eet_patch import patching, reporting
+from eet_patch.generation.sentence_decoder import (
+    SentenceDecoder,
+    Sentences,
+    before_head,
+    product_into,
+)
 from eet_patch.generation.step import Appended, plain_tensors
 from eet_patch.ops import blocks, decode
 from eet_patch.ops._extension import extension, place
@@ -35,81 +38,10 @@ from eet_patch.ops.launch import (
 
 MAX_GRAPHS = 32  # of one step: batches as they shrink
 BLOCK = 32  # tokens; capacities are multiples of it, so that calls of like lengths share buffers
-# What the idle step of a model may hold between two batches: the host's own caches of a batch, and
-# their copies, are more.
-IDLE_BYTES = 2 * 2**30
-
-
-class SentenceDecoder(NamedTuple):
-    """Where a decoder's parameters lie; the caches of `layers` are filled in by a step."""
-
-    layers: tuple[decode.DecodeLayer, ...]
-    # Of each layer: weight and bias of the keys' and the values' projection of an encoder's output.
-    cross_projections: tuple[tuple[Tensor, Tensor | None, Tensor, Tensor | None], ...]
-    word_weight: Tensor
-    word_scale: float
-    position_weight: Tensor | None
-    first_position: int
-    embed_norm: Norm
-    final_norm: Norm
-    # Weight and bias of what stands between the word embedding and the layers, and between them
-    # and the head, where those have another size.
-    project_in: tuple[Tensor, Tensor | None] | None
-    project_out: tuple[Tensor, Tensor | None] | None
-    head_weight: Tensor  # (vocab_size, its size)
-    head_bias: Tensor | None
-    num_heads: int
-    activation: str | None
-    norm_eps: float
-    post_norm: bool
-
-    @property
-    def hidden_size(self) -> int:
-        return self.layers[0].out_weight.shape[0]
-
-    def addresses(self) -> tuple[object, ...]:
-        """What a captured step rests on: every address and number that it bakes in."""
-        found: list[object] = []
-
-        def note(value: object) -> None:
-            if isinstance(value, Tensor):
-                found.append((value.data_ptr(), value.shape, value.dtype, value.device))
-            elif isinstance(value, tuple):
-                for part in value:
-                    note(part)
-            else:
-                found.append(value)
-
-        note(tuple(self))
-        return tuple(found)
-
-
-class Sentences(NamedTuple):
-    """An encoder's output, (batch, length, size), and what of it is no padding: (batch,) int32."""
-
-    states: Tensor
-    start: Tensor
-    end: Tensor
 
 
 def in_blocks(tokens: int) -> int:
     return (tokens + BLOCK - 1) // BLOCK * BLOCK
-
-
-def product_into(out: Tensor, states: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if bias is None:
-        torch.mm(states, weight.t(), out=out)
-    else:
-        torch.addmm(bias, states, weight.t(), out=out)
-
-
-def before_head(model: SentenceDecoder, states: Tensor) -> Tensor:
-    """What the head reads of the last layer's output (rows, hidden_size)."""
-    if model.final_norm.placement is not None:
-        states = layernorm(states, model.final_norm)
-    if model.project_out is not None:
-        states = torch_linear(states, *model.project_out, False)
-    return states
 
 
 class SentenceStep:
@@ -545,63 +477,3 @@ class SentenceStep:
             model.activation,
             Norm(placement, layer.norm2_weight, layer.norm2_bias, model.norm_eps),
         )
-
-
-# --- lending -------------------------------------------------------------------------------------
-
-_lock = threading.Lock()
-_idle: weakref.WeakKeyDictionary[Any, SentenceStep] = weakref.WeakKeyDictionary()
-_lent: weakref.WeakSet[SentenceStep] = weakref.WeakSet()
-
-
-def borrow(
-    owner: Any, model: SentenceDecoder, sentences: int, rows: int, capacity: int, cross_len: int
-) -> SentenceStep:
-    """A step of `owner` for at least so much; nobody else's until it is given back."""
-    capacity, cross_len = in_blocks(capacity), in_blocks(cross_len)
-    with _lock:
-        step = _idle.pop(owner, None)
-    if step is not None:
-        fits = step.rows >= rows and step.sentences >= sentences
-        fits = fits and step.capacity >= capacity and step.cross_len >= cross_len
-        # On another stream its last call may still be under way.
-        same = step.addresses == model.addresses() and step.stream == place(model.word_weight)[2]
-        if not (fits and same and bool(step.cross_len) == bool(cross_len)):
-            step = None  # gone before another one is made
-    if step is None:
-        try:
-            step = SentenceStep(model, sentences, rows, capacity, cross_len)
-        except torch.OutOfMemoryError:
-            with _lock:
-                if not _idle:
-                    raise
-        if step is None:  # out of the handler, whose exception holds what was allocated
-            release()
-            step = SentenceStep(model, sentences, rows, capacity, cross_len)
-    with _lock:
-        _lent.add(step)
-    return step
-
-
-def give_back(owner: Any, step: SentenceStep) -> None:
-    """Keeps the step for the next call if it is small enough."""
-    with _lock:
-        _lent.discard(step)
-        if step.addresses and step.nbytes() <= IDLE_BYTES:
-            _idle[owner] = step
-
-
-def release() -> None:
-    """Frees all idle steps."""
-    with _lock:
-        _idle.clear()
-
-
-def held_bytes() -> int:
-    with _lock:
-        steps = {id(step): step for step in (*_idle.values(), *_lent)}
-        return sum(step.nbytes() for step in steps.values())
-
-
-reporting.MEMORY["decode steps of fairseq (KV buffers, logits, scratch)"] = held_bytes
-patching.at_disable(release)

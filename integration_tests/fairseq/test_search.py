@@ -13,7 +13,7 @@ from fairseq_helpers import DECODER, SEARCH, Task, batch, tiny_args, tiny_model
 from helpers import assert_fell_back, patched, randomised
 
 import eet_patch
-from eet_patch.generation import sentence_search, sentence_step
+from eet_patch.generation import sentence_pool, sentence_search, sentence_step
 from eet_patch.ops import blocks
 
 EOS, PAD = 2, 1
@@ -327,7 +327,7 @@ def test_a_step_serves_batches_of_any_size(device):
     with eet_patch.enabled():
         run(model, sample_of([4, 3], device))
         assert sum(eet_patch.report().memory.values()) > 0
-    assert sentence_step.held_bytes() == 0
+    assert sentence_pool.held_bytes() == 0
 
 
 def test_early_ending_rows(device):
@@ -576,7 +576,7 @@ def test_out_of_memory_runs_the_original(monkeypatch):
     patching._warned.discard("out of memory")
     with pytest.warns(eet_patch.PatchWarning), eet_patch.enabled():
         assert_same(run(model, sample), own)
-        assert sentence_step.held_bytes() == 0
+        assert sentence_pool.held_bytes() == 0
     assert_fell_back(SEARCH, "out of memory")
 
 
