@@ -32,7 +32,8 @@ import eet_patch
 from eet_patch.testing.timing import clock, device_name
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+# Where rows are written; processes beside each other need folders of their own.
+RESULTS = Path(os.environ.get("EET_RESULTS") or ROOT / "benchmarks" / "results")
 COLUMNS = (
     "case,model,provider,dtype,batch_size,seq_len,new_tokens,fill,median_ms,p20_ms,p80_ms,floor_ms,"
     "ratio_to_floor,peak_gb,max_error,checked,device,torch,host,commit,date"
@@ -333,7 +334,9 @@ def current_commit() -> str:
         return named
     try:
         head = git("rev-parse", "--short", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS}")
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"
+        )
     except (OSError, subprocess.CalledProcessError):
         return ""  # a copy without its history
     return head + ("-dirty" if changed else "")
