@@ -23,7 +23,7 @@ class SideBySide(nn.Module):
             ln, qkv, out = block.ln_1, block.attn.c_attn, block.attn.c_proj
             fc1, fc2 = block.mlp.c_fc, block.mlp.c_proj
             norm = {"norm": "pre", "norm_weight": ln.weight, "norm_bias": ln.bias}
-            how = norm | {"norm_eps": ln.eps, "weight_layout": "in_out"}
+            how = {**norm, "norm_eps": ln.eps, "weight_layout": "in_out"}
             ffn = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
             y = ops.ffn(x, *ffn, activation="gelu_tanh", add_residual=False, **how)
             mha = (qkv.weight, None, None, qkv.bias, None, None, out.weight, out.bias, self.heads)

@@ -64,17 +64,20 @@ def registered(
             schema=schema_of(function, mutates),
         )
         op.register_fake(_positional(fake, function))
-        overload: Callable[P, R] = op._opoverload
+        overload: Callable[..., R] = op._opoverload
+        parameters = inspect.signature(function).parameters.values()
+        names = tuple(p.name for p in parameters)
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if torch.compiler.is_compiling():
-                return overload(*args, **kwargs)
+                return overload(*_all_arguments(names, defaults, args, kwargs))
             if _dispatch_modes() or _functorch_level() is not None or _tracing_state() is not None:
-                return overload(*args, **kwargs)
+                return overload(*_all_arguments(names, defaults, args, kwargs))
             gradients = torch.is_grad_enabled()
             if not (_plain(args, gradients) and _plain(kwargs.values(), gradients)):
-                return overload(*args, **kwargs)
+                return overload(*_all_arguments(names, defaults, args, kwargs))
             return function(*args, **kwargs)
 
         return call
@@ -94,6 +97,29 @@ def _plain(values: Iterable[object], gradients: bool) -> bool:
     return True
 
 
+def _all_arguments(
+    names: tuple[str, ...],
+    defaults: dict[str, Any],
+    args: tuple[object, ...],
+    kwargs: dict[str, Any],
+) -> list[object]:
+    """Every argument by position, those left out as their defaults. torch.compile traces this."""
+    values, rest = list(args), names[len(args) :]
+    for name in rest:
+        if name in kwargs:
+            values.append(kwargs[name])
+        elif name in defaults:
+            values.append(defaults[name])
+        else:
+            raise TypeError(f"missing a required argument: {name!r}")
+    if len(values) > len(names):
+        raise TypeError(f"got {len(args)} arguments, and there are {len(names)}")
+    for name in kwargs:
+        if name not in rest:
+            raise TypeError(f"got an unexpected or repeated argument {name!r}")
+    return values
+
+
 def _positional(implementation: Callable[..., R], function: Callable[..., Any]) -> Callable[..., R]:
     """`implementation` with all arguments positional, as the dispatcher passes them: it takes no
     tensors that are keywords only, which `function` may have.
@@ -110,7 +136,9 @@ def _positional(implementation: Callable[..., R], function: Callable[..., Any]) 
 
 
 def schema_of(function: Callable[..., Any], mutates: tuple[str, ...]) -> str:
-    """The op's schema without its name, from the annotations."""
+    """The op's schema without its name, from the annotations. An op that writes to arguments has no
+    defaults: until 2.7 torch looks for such an argument where it has left out a default.
+    """
     types, parts, aliases = typing.get_type_hints(function), [], 0
     for parameter in inspect.signature(function).parameters.values():
         kind = _SCHEMA_TYPES[types[parameter.name]]
@@ -118,7 +146,7 @@ def schema_of(function: Callable[..., Any], mutates: tuple[str, ...]) -> str:
             kind = kind.replace("Tensor", f"Tensor(a{aliases}!)")
             aliases += 1
         default = ""
-        if parameter.default is not parameter.empty:
+        if parameter.default is not parameter.empty and not mutates:
             value = parameter.default
             default = f"={value!r}" if not isinstance(value, str) else f'="{value}"'
         parts.append(f"{kind} {parameter.name}{default}")

@@ -318,18 +318,17 @@ class Layer(torch.nn.Module):
             "attention": inputs.attention_block_inputs(SHAPE, HEADS, F32, device, norm="pre"),
             "ffn": inputs.ffn_inputs(SHAPE, 48, F32, device, norm="pre"),
         }
-        self.options = {}
+        self.options, self.names = {}, {}
         for part, given in parts.items():
             given.pop("hidden_states")
             self.options[part] = {k: v for k, v in given.items() if not flat(v)}
-            for name in (k for k in given if flat(given[k])):
+            self.names[part] = [name for name in given if flat(given[name])]
+            for name in self.names[part]:
                 self.register_buffer(f"{part}_{name}", given[name])
 
     def of(self, part):
-        prefix = f"{part}_"
-        tensors = dict(self.named_buffers())
-        mine = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        return mine | self.options[part]
+        tensors = {name: getattr(self, f"{part}_{name}") for name in self.names[part]}
+        return {**tensors, **self.options[part]}
 
     def forward(self, x, key_cache, value_cache):
         x = ops.linear(torch.sin(x), **self.of("norm"))
