@@ -1,4 +1,4 @@
-"""What a `SentenceStep` decodes: a decoder's parameters where they lie, and sentences it attends to."""
+"""What a `SentenceStep` decodes: where a decoder's parameters lie, and what it attends to."""
 
 from __future__ import annotations
 
