@@ -110,15 +110,21 @@ def test_thread_counts_stay_within_the_bound(dtype, num_threads):
     )
 
 
+@pytest.mark.parametrize("level", ["layer", "loop"])
 @pytest.mark.parametrize("num_beams", [1, 4])
-def test_tokens_are_equal(device, dtype, num_beams):
+def test_tokens_are_equal(device, dtype, num_beams, level):
     if num_beams > 1 and dtype != torch.float32:
         pytest.skip("a near tie of beams can't be told from their tokens")
     model = tiny_gpt2(device, dtype)
     inputs = batch_of("left", device, (9, 5), vocab_size=500)
     settings = {"max_new_tokens": 20, "do_sample": False, "num_beams": num_beams}
     own = model.generate(**inputs, **settings)
-    with patched("gpt2_block"):
+    loops = ("gpt2_sample", "gpt2_beam_search")
+    if level == "layer":
+        scope = patched("gpt2_block", exclude=loops)
+    else:
+        scope = patched(loops[num_beams > 1])
+    with scope:
         out = model.generate(**inputs, **settings)
     assert len(own[:, 9:].unique()) > 10  # a model that says one thing for ever would prove little
     assert_same_tokens(model, 9, own, out, attention_mask=inputs["attention_mask"])
