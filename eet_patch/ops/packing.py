@@ -11,6 +11,7 @@ from eet_patch.ops._extension import MASK_INT_KEEP, extension, place
 from eet_patch.ops.checks import check_contiguous, check_dim, check_operand, check_tensor
 from eet_patch.ops.launch import Mask
 from eet_patch.ops.masks import attention_mask_form
+from eet_patch.ops.registration import registered
 
 
 class Packing(NamedTuple):
@@ -111,6 +112,25 @@ def pack_tokens(
         ValueError, TypeError: on a shape, dtype or layout other than these.
     Source: Zeng et al. 2022 (ByteTransformer, arXiv:2210.03052).
     """
+    return Packing(*_pack_tokens(attention_mask, num_heads, torch.empty(0, dtype=dtype)))
+
+
+FiveTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _fake_pack_tokens(attention_mask: Tensor, num_heads: int, like: Tensor) -> FiveTensors:
+    batch, padded = attention_mask.shape[0], attention_mask.shape[0] * attention_mask.shape[-1]
+    return (
+        attention_mask.new_empty(padded, dtype=torch.int32),
+        attention_mask.new_empty(padded, dtype=torch.int32),
+        attention_mask.new_empty(batch + 1, dtype=torch.int64),
+        attention_mask.new_empty(batch + 1, dtype=torch.int32),
+        attention_mask.new_empty(3, dtype=torch.int64),
+    )
+
+
+@registered(_fake_pack_tokens, name="pack_tokens")
+def _pack_tokens(attention_mask: Tensor, num_heads: int, like: Tensor) -> FiveTensors:
     check_tensor(attention_mask, "attention_mask")
     if attention_mask.dim() not in (2, 4) or not attention_mask.numel():
         raise ValueError(
@@ -118,9 +138,11 @@ def pack_tokens(
             f"got shape {tuple(attention_mask.shape)}"
         )
     batch, seq_len = attention_mask.shape[0], attention_mask.shape[-1]
-    like = torch.empty(0, dtype=dtype, device=attention_mask.device)
+    like = like.to(attention_mask.device)
     mask = padding_mask_form(attention_mask, (batch, num_heads, seq_len, seq_len), like)
-    return launch_pack_tokens(mask, batch, num_heads, seq_len, batch * seq_len, batch, like)
+    packing = launch_pack_tokens(mask, batch, num_heads, seq_len, batch * seq_len, batch, like)
+    # Outputs of an op share no memory.
+    return packing.tokens.clone(), packing.rows.clone(), *packing[2:4], packing.summary.clone()
 
 
 def launch_gather_rows(rows: Tensor, index: Tensor, out: Tensor) -> Tensor:
@@ -137,6 +159,11 @@ def launch_gather_rows(rows: Tensor, index: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def _fake_gather_rows(rows: Tensor, index: Tensor) -> Tensor:
+    return rows.new_empty(index.shape[0], rows.shape[1])
+
+
+@registered(_fake_gather_rows)
 def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
     """Take rows by index: `out[r] = rows[index[r]]`, zeros where the index is negative.
 

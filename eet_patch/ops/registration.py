@@ -32,7 +32,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
     str: "str",
     str | None: "str?",
     type(None): "()",
-    tuple[Tensor, Tensor]: "(Tensor, Tensor)",
+    tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 # Nothing of what follows may record, fake or transform a plain call.
 _dispatch_modes = torch._C._len_torch_dispatch_stack

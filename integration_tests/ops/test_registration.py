@@ -18,7 +18,7 @@ INT32 = torch.int32
 # Public, but no ops: they prepare a call on the host, or read a result there.
 NO_OPS = {
     *("BeamState", "DecodeLayer", "beam_state", "begin_beams", "ended_sequences", "goes_on"),
-    *("decode_layers_workspace", "pack_layers", "select_token_workspace"),
+    *("Packing", "decode_layers_workspace", "pack_layers", "select_token_workspace"),
 }
 
 
@@ -216,6 +216,17 @@ CASES = {
     "top_candidates": (
         ops.top_candidates,
         lambda d: {"logits": randn(d, 4, VOCAB), "count": 6, "row_scores": randn(d, 4)},
+    ),
+    "pack_tokens": (
+        ops.pack_tokens,
+        lambda d: {"attention_mask": (torch.arange(6) < torch.tensor([[4], [6], [1]])).to(d)},
+    ),
+    "gather_rows": (
+        ops.gather_rows,
+        lambda d: {
+            "rows": randn(d, 5, 32),
+            "index": torch.tensor([3, -1, 0, 3], dtype=INT32, device=d),
+        },
     ),
     "beam_step": (ops.beam_step, beam_step_arguments),
     "decode_layers": (ops.decode_layers, decode_layers_arguments),
