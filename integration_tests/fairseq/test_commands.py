@@ -148,4 +148,4 @@ def test_the_readmes_own_line(trained, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = json.loads((tmp_path / "report.json").read_text())["targets"]
-    assert_replaced({row["name"]: row for row in rows}, ENCODER, DECODER)
+    assert_replaced({row["name"]: row for row in rows}, ENCODER, SEARCH)
