@@ -86,7 +86,7 @@ def main() -> int:
     for provider, runs in times.items():
         print(f"{provider:14s}{statistics.median(runs):9.2f} ms a batch")
     print(
-        f"\nlargest difference {difference:.1e} (allowed {bound:.1e}), {calls} layer calls replaced"
+        f"\nlargest difference {difference:.1e} (allowed {bound:.1e}), {calls} calls replaced"
     )
     for target in report.targets:
         if target.replaced or target.fallbacks:
