@@ -85,9 +85,7 @@ def main() -> int:
     print(f"{type(model).__name__}, {args.dtype} on {args.device}, {shape}\n")
     for provider, runs in times.items():
         print(f"{provider:14s}{statistics.median(runs):9.2f} ms a batch")
-    print(
-        f"\nlargest difference {difference:.1e} (allowed {bound:.1e}), {calls} calls replaced"
-    )
+    print(f"\nlargest difference {difference:.1e} (allowed {bound:.1e}), {calls} calls replaced")
     for target in report.targets:
         if target.replaced or target.fallbacks:
             fell_back = target.fallbacks or "never"
