@@ -134,7 +134,8 @@ struct StreamPlan {
 // Bytes move while every multiprocessor has blocks to itself, and as many as the others. One block
 // each serves where its weights fit its ring whole, so that nothing is left to load when the input
 // comes; else two, whose rings leave room for those of the next product, or three if they spread
-// more evenly (kShare: what as many are worth, measured on an H100 at GPT-2's sizes).
+// more evenly (kShare: what as many are worth, chosen after timings of two and of three blocks at
+// GPT-2's sizes on an H100).
 template <int kRows>
 StreamPlan plan_stream(int tiles, int chunks, int multiprocessors) {
   constexpr int kSharedStages = 5, kMaxBlocks = kRows <= 16 ? 3 : 2;
