@@ -16,8 +16,6 @@ constexpr int kPlainWarps = 8;
 constexpr int kInOutWarps = 16;
 constexpr int kReservedShared = 2048;      // the driver's share of a block, and the static arrays
 constexpr int kResidentBytes = 20 * 1024;  // of the input that a block with several tiles keeps
-constexpr int kClusterResidentBytes = 40 * 1024;  // where two of them share a multiprocessor
-constexpr int kGroupSize = 16;  // multiprocessors at least that can hold one cluster (sm_90)
 
 // (out, in) weights: a warp owns one output column and strides over k; the input comes through L1.
 // Any sizes; kVector > 1 needs 16-byte aligned rows. Moves every weight once per kRowBlock rows.
@@ -161,12 +159,6 @@ StreamPlan plan_stream(int tiles, int chunks, int multiprocessors) {
   auto consider = [&](const StreamPlan& plan) {
     const int each = static_cast<int>(ceil_div(plan.blocks, multiprocessors));
     if (each > kMaxBlocks) return;
-    // A cluster's blocks lie in one group of multiprocessors; one that has to wait for its place
-    // comes too late to walk two tiles.
-    const int groups = multiprocessors / kGroupSize;
-    if (plan.ranks > 1 && plan.block_tiles > 1 &&
-        plan.blocks > groups * (kGroupSize * each / plan.ranks) * plan.ranks)
-      return;
     const float even = float(plan.blocks) / float(each * multiprocessors) * float(chunks) /
                        float(plan.ranks * plan.rank_chunks) * float(tiles) /
                        float(plan.blocks / plan.ranks * plan.block_tiles);
@@ -175,8 +167,6 @@ StreamPlan plan_stream(int tiles, int chunks, int multiprocessors) {
   };
   for (int ranks = 1; ranks <= std::min(kMaxClusterSize, chunks); ++ranks)
     consider(split(ranks, 1));
-  for (int ranks = 2; ranks <= std::min(kMaxClusterSize, chunks); ++ranks)
-    consider(split(ranks, kClusterTiles));
   for (int each = 1; each <= kMaxBlocks; ++each)
     consider(split(1, static_cast<int>(ceil_div(tiles, int64_t(each) * multiprocessors))));
   return best;
@@ -190,9 +180,7 @@ cudaError_t launch_stream(const LinearParams<T>& p, LaunchConfig config) {
   const int chunks = static_cast<int>(ceil_div(p.in_features, Tile::kChunkK));
   const StreamPlan plan = plan_stream<kRows>(tiles, chunks, multiprocessors);
   const int parts = static_cast<int>(ceil_div(plan.rank_chunks, Tile::kPartChunks));
-  const bool walks = plan.ranks > 1 && plan.block_tiles > 1;
-  const bool stays = plan.block_tiles > 1 && parts * Tile::panel_bytes(p.rows) <=
-                                                 (walks ? kClusterResidentBytes : kResidentBytes);
+  const bool stays = plan.block_tiles > 1 && parts * Tile::panel_bytes(p.rows) <= kResidentBytes;
   const int panels = stays ? parts : std::min(parts, Tile::kPanels);
   const int stages = static_cast<int>(
       std::min<int64_t>(int64_t(plan.rank_chunks) * plan.block_tiles, plan.ring_stages));
@@ -206,8 +194,7 @@ cudaError_t launch_stream(const LinearParams<T>& p, LaunchConfig config) {
   }
   if (error != cudaSuccess) return error;
   config.shared_bytes = stages * Tile::kChunkBytes + panels * Tile::panel_bytes(p.rows) +
-                        Tile::sum_bytes(p.rows, plan.ranks) * (walks ? kClusterTiles : 1) +
-                        Tile::kSmallBytes;
+                        Tile::sum_bytes(p.rows, plan.ranks) + Tile::kSmallBytes;
   config.grid = dim3(static_cast<unsigned>(plan.blocks));
   config.block = dim3(kStreamThreads);
   config.cluster_size = plan.ranks;

@@ -13,12 +13,11 @@
 
 namespace eet_patch::cuda {
 
-// A block (or cluster) owns tiles of kNormTile output columns and walks them, a cluster at most
-// kClusterTiles, each of which has a place for its partial sums; each rank of a cluster owns
-// k_per_rank consecutive k. Dynamic shared memory: the ring, `panels` parts of the block's input,
-// normalised, of kPartK columns each (all of them, or those on their way), partial sums, barriers.
-// Limits: rows <= kRows, in_features (and out_features when kInOut) multiples of 8, 16-byte aligned
-// operands. Moves every weight once.
+// A block (or cluster) owns tiles of kNormTile output columns and walks them, a cluster one alone;
+// each rank of a cluster owns k_per_rank consecutive k. Dynamic shared memory: the ring, `panels`
+// parts of the block's input, normalised, of kPartK columns each (all of them, or those on their
+// way), partial sums, barriers. Limits: rows <= kRows, in_features
+// (and out_features when kInOut) multiples of 8, 16-byte aligned operands. Moves every weight once.
 template <typename T, int kRows, bool kInOut>
 __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
                                                   : kRows <= 16 ? 3
@@ -38,21 +37,19 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
   T* panel = reinterpret_cast<T*>(shared + ring_stages * Tile::kChunkBytes);
   unsigned char* after =
       reinterpret_cast<unsigned char*>(panel) + panels * Tile::panel_bytes(p.rows);
-  const float* sums = reinterpret_cast<const float*>(after);
-
-  const int tiles_per_weight = (p.out_features + kNormTile - 1) / kNormTile;
-  const int tiles = tiles_per_weight * p.num_weights;
-  const int tile_step = gridDim.x / ranks;
-  int tile = blockIdx.x / ranks;
-  const int sum_bytes = Tile::sum_bytes(p.rows, ranks);
-  after += sum_bytes * (ranks > 1 && tiles > tile_step ? kClusterTiles : 1);
-  const uint32_t full = shared_address(after), empty = full + Tile::kMaxStages * 8;
-  uint32_t arrived = empty + Tile::kMaxStages * 8;  // that of the tile, as all of these
-  float* means = reinterpret_cast<float*>(after + Tile::kBarriers * 8);
+  float* sums = reinterpret_cast<float*>(after);
+  after += Tile::sum_bytes(p.rows, ranks);
+  const uint32_t full = shared_address(after), empty = full + Tile::kMaxStages * 8,
+                 arrived = empty + Tile::kMaxStages * 8;
+  float* means = reinterpret_cast<float*>(after + (2 * Tile::kMaxStages + 1) * 8);
   float* scales = means + kRows;
 
   const int k_begin = rank * k_per_rank, k_end = min(p.in_features, k_begin + k_per_rank);
   const int chunks = (k_end - k_begin + Tile::kChunkK - 1) / Tile::kChunkK;
+  const int tiles_per_weight = (p.out_features + kNormTile - 1) / kNormTile;
+  const int tiles = tiles_per_weight * p.num_weights;
+  const int tile_step = gridDim.x / ranks;
+  int tile = blockIdx.x / ranks;
   auto weight_of = [&](int t) { return (t >= tiles_per_weight) + (t >= 2 * tiles_per_weight); };
 
   // The producer: lines of a chunk are rows of its k (in, out) or of its columns (out, in).
@@ -78,11 +75,10 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
       barrier_init(empty + i * 8, kStreamWarps);
     }
     const int own_rows = p.rows > rank ? (p.rows - rank + ranks - 1) / ranks : 0;
-    for (int i = 0; i < kClusterTiles; ++i) barrier_init(arrived + i * 8, 1);
+    barrier_init(arrived, 1);
     barrier_init_fence();
     for (int i = 0; i < ring_stages && load_tile < tiles; ++i) load(i);
-    for (int i = 0; i < kClusterTiles; ++i)
-      barrier_expect(arrived + i * 8, own_rows * ranks * kNormTile * 4);
+    barrier_expect(arrived, own_rows * ranks * kNormTile * 4);
     if (Tile::kPrefetchChunks > 0 && load_tile == tile) {
 #pragma unroll 1
       for (int i = load_chunk; i < min(chunks, load_chunk + Tile::kPrefetchChunks); ++i) {
@@ -216,7 +212,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
 
   const int g = lane / 4, q = lane % 4;
   const uint32_t rank_reciprocal = (65536u + ranks - 1) / ranks;  // exact for rows below 65536 / 8
-  uint32_t sum_target = shared_address(sums) + (rank * Tile::kSumStride + warp * 16 + g) * 4;
+  const uint32_t sum_target = shared_address(sums) + (rank * Tile::kSumStride + warp * 16 + g) * 4;
   auto finish_tile = [&] {
 #pragma unroll
     for (int group = 0; group < Tile::kRowGroups; ++group) {
@@ -386,11 +382,6 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
     }
     load_bias(tile + tile_step);
     load_residual(tile + tile_step);
-    if (ranks > 1) {  // others may be at the next tile already
-      arrived += 8;
-      sum_target += sum_bytes;
-      sums += sum_bytes / int(sizeof(float));
-    }
   }
 #else
   __trap();  // the launcher takes linear_mma_kernel

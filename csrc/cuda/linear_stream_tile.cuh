@@ -9,7 +9,6 @@ namespace eet_patch::cuda {
 constexpr int kStreamWarps = 4;  // each of them multiplies 16 columns of a tile
 constexpr int kStreamWorkers = kStreamWarps * kWarpSize;
 constexpr int kStreamThreads = kStreamWorkers + kWarpSize;
-constexpr int kClusterTiles = 2;  // that a cluster of several blocks may walk
 
 struct LinearMaps {
   CUtensorMap weight[3];
@@ -33,8 +32,8 @@ struct StreamTile {
   static constexpr int kRowStep = kStreamWorkers / kPartUnits;     // rows that are loaded at once
   static constexpr int kHeld = (kRows + kRowStep - 1) / kRowStep;  // units of a thread
   static constexpr int kSumStride = kNormTile + 4;                 // likewise
-  static constexpr int kBarriers = 2 * kMaxStages + kClusterTiles;
-  static constexpr int kSmallBytes = kBarriers * 8 + 2 * kRows * 4;  // and statistics
+  static constexpr int kSmallBytes =
+      (2 * kMaxStages + 1) * 8 + 2 * kRows * 4;  // barriers, statistics
 
   // Partial sums that one block receives: of its rows, from every rank.
   __host__ __device__ static constexpr int sum_bytes(int rows, int ranks) {
