@@ -440,7 +440,7 @@ class DecodeStep:
 
     def keep_rows(self, kept: list[int]) -> None:
         """Goes on with these rows of the step alone, in this order; their slots go with them."""
-        index = torch.tensor(kept, device=self.device)
+        index = self._index(kept)
         for state in (
             self.input_ids,
             self.position_ids,
@@ -452,4 +452,9 @@ class DecodeStep:
 
     def hide_past(self, rows: list[int]) -> None:
         """These rows of the step read no key but their newest from now on."""
-        self.kv_start[torch.tensor(rows, device=self.device)] = self.capacity
+        self.kv_start.index_fill_(0, self._index(rows), self.capacity)
+
+    def _index(self, rows: list[int]) -> Tensor:
+        """On the device, without waiting for the steps that are queued there."""
+        index = torch.tensor(rows, pin_memory=self.device.type == "cuda")
+        return index.to(self.device, non_blocking=True)
