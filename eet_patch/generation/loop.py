@@ -16,7 +16,6 @@ from torch import Tensor
 from eet_patch.generation.step import DecoderModel, DecodeStep, Selection
 
 CHUNK = 8  # steps between two looks at the tokens
-ENDING_CHUNK = 4  # where rows that end may be dropped
 # Batches that graphs are captured for as rows end; a few ended rows more cost less than a graph
 # for every number.
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -85,7 +84,7 @@ def decode_on_device(
     can_end = bool(choice.eos_token_ids)
     on_gpu = step.device.type == "cuda"
     drops = can_end and may_shrink and step.batch_size > 1
-    chunk = (ENDING_CHUNK if drops else CHUNK) if on_gpu else 1
+    chunk = CHUNK if on_gpu else 1
     generator_before = _generator_state(step.device) if choice.sample and on_gpu else None
     generator_step = 0
     if already_finished is not None:
