@@ -48,6 +48,7 @@ struct EmbeddingArgs {
   float word_scale, eps;
   DType dtype;
   const int32_t* tokens;  // (rows,) or null
+  bool chained = false;   // CUDA: `tokens` come from the launch before, of ours
 };
 
 // out[r] = (input[r] - mean) / sqrt(var + eps) * weight + bias; weight and bias may be null (1 and

@@ -119,11 +119,13 @@ class Watch:
 
     __slots__ = ("_classes", "_like", "_noted", "_parameters", "layer", "notes")
 
-    def __init__(self, layer: nn.Module, like: Tensor, forget: Any, notes: Any = None) -> None:
+    def __init__(
+        self, layer: nn.Module, like: Tensor, forget: Any, notes: Any = None, more: Any = ()
+    ) -> None:
         self.layer = weakref.ref(layer, forget)
         self.notes = notes  # what its owner made of the modules; must not lead back to the layer
         self._like = _kind(like)
-        noted, classes, parameters = [], {}, []
+        noted, classes, parameters = [(d, tuple(d), tuple(d.values())) for d in more], {}, []
         for module in layer.modules():
             state = module.__dict__
             dicts = [state, state["_modules"], state["_parameters"]]
@@ -187,9 +189,9 @@ def watch_of(layer: nn.Module, like: Tensor) -> Watch | None:
     return watch
 
 
-def note_sound(layer: nn.Module, like: Tensor, notes: Any = None) -> None:
+def note_sound(layer: nn.Module, like: Tensor, notes: Any = None, more: Any = ()) -> None:
     """Notes that the modules and parameters of a layer passed all checks for such an input, and
-    what its adapter made of them.
+    what its adapter made of them; `more` are dictionaries on which the verdict rests too.
     """
     if not _holdable(layer):
         return
@@ -200,7 +202,7 @@ def note_sound(layer: nn.Module, like: Tensor, notes: Any = None) -> None:
         if watch is not None and watch.layer is reference:
             del _watches[number]
 
-    _watches[number] = Watch(layer, like, forget, notes)
+    _watches[number] = Watch(layer, like, forget, notes, more)
 
 
 def forget(layer: nn.Module) -> None:

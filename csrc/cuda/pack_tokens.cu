@@ -16,6 +16,7 @@ constexpr int kPlaceThreads = kPlaceWarps * kWarpSize;
 // `scratch`. Reads a mask that differs from query to query twice, else once.
 template <typename T>
 __global__ void __launch_bounds__(kCountThreads) count_tokens_kernel(const PackTokensArgs p) {
+  release_dependents();
   const int seq_len = static_cast<int>(p.seq_len), row = blockIdx.x;
   int32_t* rows = p.rows + row * p.seq_len;
   const int64_t entries = p.num_heads * p.q_len * p.seq_len;
@@ -79,6 +80,8 @@ __global__ void __launch_bounds__(kPlaceThreads) place_tokens_kernel(const PackT
   const int row = blockIdx.x, batch = static_cast<int>(p.batch);
   const int seq_len = static_cast<int>(p.seq_len);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  release_dependents();
+  wait_for_predecessor();
   int before = 0, total = 0, longest = 0;
   bool more = false;
   for (int i = threadIdx.x; i < batch; i += kPlaceThreads) {
@@ -91,6 +94,20 @@ __global__ void __launch_bounds__(kPlaceThreads) place_tokens_kernel(const PackT
   total = block_total(total, shared);
   before = block_total(before, shared);
   const int any = __syncthreads_or(more);
+  if (row == 0) {  // first of all: the host waits for it
+    if (threadIdx.x == 0) shared[0] = 0;
+    __syncthreads();
+    atomicMax(shared, longest);  // of integers: the order does not matter
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      p.summary[0] = total;
+      p.summary[1] = shared[0];
+      p.summary[2] = any;
+      __threadfence_system();
+      *static_cast<volatile int64_t*>(p.summary + 3) = p.ticket;
+    }
+    __syncthreads();
+  }
 
   int32_t* rows = p.rows + row * p.seq_len;
   int next = before, padding = total + static_cast<int>(row * p.seq_len) - before;
@@ -129,18 +146,6 @@ __global__ void __launch_bounds__(kPlaceThreads) place_tokens_kernel(const PackT
   }
   for (int64_t i = p.batch * p.seq_len + threadIdx.x; i < p.capacity; i += kPlaceThreads)
     p.tokens[i] = -1;
-  __syncthreads();
-  if (threadIdx.x == 0) shared[0] = 0;
-  __syncthreads();
-  atomicMax(shared, longest);  // of integers: the order does not matter
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    p.summary[0] = total;
-    p.summary[1] = shared[0];
-    p.summary[2] = any;
-    __threadfence_system();
-    *static_cast<volatile int64_t*>(p.summary + 3) = p.ticket;
-  }
 }
 
 }  // namespace
@@ -155,6 +160,7 @@ Status pack_tokens(const PackTokensArgs& args, const Context& context) {
     return launch(config, count_tokens_kernel<decltype(element)>, args);
   });
   config.block = dim3(kPlaceThreads);
+  config.chained = true;
   if (error == cudaSuccess) error = launch(config, place_tokens_kernel, args);
   return to_status(error);
 }

@@ -26,19 +26,20 @@ from eet_patch.encoding.packed import Batch
 from eet_patch.gates import (
     note_sound,
     parameter_reason,
-    still_sound,
     submodule_reason,
+    watch_of,
 )
 from eet_patch.ops._extension import NO_MASK
 from eet_patch.ops.elementwise import launch_embedding
 from eet_patch.ops.launch import Mask
-from eet_patch.ops.packing import padding_mask_form
+from eet_patch.ops.packing import Lookup, lookup_tables, padding_mask_form
 from eet_patch.patching import Adapter
 
 KNOWN = frozenset(
     {"input_ids", "attention_mask", "token_type_ids", "position_ids", "return_dict"}
     | {"output_attentions"}
 )
+RECORDING = "outputs of the layers are recorded"
 RECORDED = ("output_attentions", "output_hidden_states")
 TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
@@ -46,6 +47,15 @@ TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 class Plan(NamedTuple):
     encoder: Encoder
     mask: Mask
+    tables: tuple[int | float, ...]
+
+
+class Notes(NamedTuple):
+    """What was made of a model's configuration and embeddings, and good until they change."""
+
+    config: Any
+    return_dict: bool
+    tables: tuple[int | float, ...]  # as `Lookup` has them
 
 
 def _word_weight(model: Any, arguments: dict[str, Any]) -> Any:
@@ -69,30 +79,37 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
 
     def plan(model: Any, arguments: dict[str, Any]) -> Plan | str:
         reason = other_arguments_reason(arguments, KNOWN)
-        reason = reason or _output_reason(model.config, arguments)
         if reason is not None:
             return reason
-        modules = model._modules
+        modules, config = model._modules, model.config
         embeddings, stack = modules["embeddings"], modules["encoder"]
         word_weight = embeddings._modules["word_embeddings"]._parameters["weight"]
         reason = submodule_reason(stack, encoder_class, is_recording_hook)
         reason = reason or _ids_reason(embeddings, arguments, word_weight)
         if reason is not None:
             return reason
-        if not still_sound(embeddings, word_weight):
-            reason = _embeddings_reason(embeddings, embeddings_class, word_weight)
+        watch = watch_of(embeddings, word_weight)
+        if watch is not None and watch.notes.config is config and watch.holds(word_weight):
+            notes = watch.notes
+        else:
+            reason = _config_reason(config)
+            reason = reason or _embeddings_reason(embeddings, embeddings_class, word_weight)
             if reason is not None:
                 return reason
-            note_sound(embeddings, word_weight)
+            notes = Notes(config, bool(config.return_dict), _tables(embeddings))
+            note_sound(embeddings, word_weight, notes, (config.__dict__,))
+        reason = _output_reason(arguments, notes.return_dict)
+        if reason is not None:
+            return reason
         found = encoders.checked(stack, word_weight)
         if isinstance(found, str):
             return found
         mask = arguments.get("attention_mask")
         if mask is None:
-            return Plan(found, NO_MASK)
+            return Plan(found, NO_MASK, notes.tables)
         batch_size, seq_len = arguments["input_ids"].shape
         sizes = (batch_size, found.layers[0].num_heads, seq_len, seq_len)
-        return Plan(found, padding_mask_form(mask, sizes, word_weight))
+        return Plan(found, padding_mask_form(mask, sizes, word_weight), notes.tables)
 
     def forward(plan: Plan, model: Any, arguments: dict[str, Any]) -> Any:
         input_ids = arguments["input_ids"]
@@ -101,8 +118,22 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         if before_5 and arguments.get("attention_mask") is None:
             model.warn_if_padding_and_no_attention_mask(input_ids, None)
         batch_size, seq_len = input_ids.shape
-        embed = partial(_embed, embeddings, arguments, positions_of)
-        batch = Batch(batch_size, seq_len, word_weight.shape[1], word_weight, plan.mask, embed)
+        positions = arguments.get("position_ids")
+        if positions is None and positions_of is not None:
+            positions = positions_of(input_ids, embeddings.padding_idx)
+        position_count = seq_len if positions is None else positions.numel()
+        if positions is None:  # those of the first tokens; slicing them takes longer than all this
+            positions = embeddings._buffers["position_ids"]
+        ids = (input_ids, positions, arguments.get("token_type_ids"))
+        batch = Batch(
+            batch_size,
+            seq_len,
+            word_weight.shape[1],
+            word_weight,
+            plan.mask,
+            partial(_embed, embeddings, ids, position_count),
+            lookup=Lookup(ids, position_count, plan.tables),
+        )
         hidden_states = encoders.run(plan.encoder, batch)
         pooler = model.pooler  # no module where there is none
         pooled = pooler(hidden_states) if pooler is not None else None
@@ -111,14 +142,19 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
     return Adapter(plan, forward, operand=_word_weight)
 
 
-def _output_reason(config: Any, arguments: dict[str, Any]) -> str | None:
+def _config_reason(config: Any) -> str | None:
     if config.is_decoder:
         return "the model is a decoder"
-    asked = [getattr(config, name) or arguments.get(name) for name in RECORDED]
-    if any(asked) or recorder():
-        return "outputs of the layers are recorded"
+    if any(getattr(config, name) for name in RECORDED):
+        return RECORDING
+    return None
+
+
+def _output_reason(arguments: dict[str, Any], return_dict_by_default: bool) -> str | None:
+    if any(arguments.get(name) for name in RECORDED) or recorder():
+        return RECORDING
     return_dict = arguments.get("return_dict")
-    if not (config.return_dict if return_dict is None else return_dict):
+    if not (return_dict_by_default if return_dict is None else return_dict):
         return "a tuple is to be returned"
     return None
 
@@ -174,24 +210,35 @@ def _embeddings_reason(embeddings: Any, cls: type, like: Tensor) -> str | None:
     )
 
 
+def _tables(embeddings: Any) -> tuple[int | float, ...]:
+    modules = embeddings._modules
+    norm = modules["LayerNorm"]
+    return lookup_tables(
+        *(modules[name]._parameters["weight"] for name in TABLES),
+        norm._parameters["weight"],
+        norm._parameters["bias"],
+        norm.eps,
+    )
+
+
 def _embed(
-    embeddings: Any, arguments: dict[str, Any], positions_of: Any, tokens: Tensor, out: Tensor
+    embeddings: Any,
+    ids: tuple[Tensor, Tensor, Tensor | None],
+    position_count: int,
+    tokens: Tensor,
+    out: Tensor,
 ) -> None:
-    modules, input_ids = embeddings._modules, arguments["input_ids"]
+    modules = embeddings._modules
     word, position, token_type = (modules[name]._parameters["weight"] for name in TABLES)
-    positions = arguments.get("position_ids")
-    if positions is None and positions_of is not None:
-        positions = positions_of(input_ids, embeddings.padding_idx)
-    elif positions is None:
-        positions = embeddings._buffers["position_ids"][:, : input_ids.shape[1]]
+    input_ids, positions, token_type_ids = ids
     norm = modules["LayerNorm"]
     launch_embedding(
         out,
         input_ids,
         word,
-        positions,
+        positions.view(-1)[:position_count],
         position,
-        arguments.get("token_type_ids"),
+        token_type_ids,
         token_type,
         norm._parameters["weight"],
         norm._parameters["bias"],

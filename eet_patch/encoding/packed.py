@@ -58,6 +58,8 @@ class Batch(NamedTuple):
         embed: (tokens, out) writes row r of the first layer's input to out[r], for the token at
             place tokens[r] of the padded batch, zeros where that is negative.
         padded: the input itself, (batch_size * seq_len, hidden_size), where it is there already.
+        lookup: what `embed` reads, where the mask is the same for all heads and queries and one
+            launch may do both.
     """
 
     batch_size: int
@@ -67,6 +69,7 @@ class Batch(NamedTuple):
     mask: Mask
     embed: Callable[[Tensor, Tensor], None]
     padded: Tensor | None = None
+    lookup: packing.Lookup | None = None
 
 
 class Shape(NamedTuple):
@@ -259,24 +262,46 @@ def _encode_by(
 ) -> Tensor | str | None:
     padded_rows = batch.batch_size * batch.seq_len
     capacity = rounded_rows(padded_rows)
+    device = batch.like.device
     answer = (pool.Answer() if step is None else step.answer).next()
-    found = packing.launch_pack_tokens(
-        batch.mask,
-        batch.batch_size,
-        layers[0].num_heads,
-        batch.seq_len,
-        capacity,
-        max_batch,
-        batch.like,
-        None if step is None else step.starts,
-        answer.summary,
-        answer.ticket,
+    starts = packing.Starts.empty(max_batch, device) if step is None else step.starts
+    places = (packing.Places.empty if step is None else step.places)(
+        capacity, padded_rows, batch.batch_size, device
     )
-    starts = packing.Starts(found.cu_seqlens, found.short_cu_seqlens)
-    # Launched before the device has said how many of the rows are real: the others become zeros.
+    # Written before the device has said how many of the rows are real: the others become zeros.
     hidden_states = None if step is None or visit is not None else step.buffer(capacity)
-    if hidden_states is not None:
-        batch.embed(found.tokens, hidden_states)
+    if hidden_states is not None and batch.lookup is not None:
+        packing.launch_pack_and_embed(
+            hidden_states,
+            batch.lookup,
+            batch.mask,
+            batch.batch_size,
+            batch.seq_len,
+            max_batch,
+            starts,
+            places,
+            answer.summary,
+            answer.ticket,
+        )
+    else:
+        packing.launch_pack_tokens(
+            batch.mask,
+            batch.batch_size,
+            layers[0].num_heads,
+            batch.seq_len,
+            capacity,
+            max_batch,
+            batch.like,
+            starts,
+            answer.summary,
+            answer.ticket,
+            places,
+        )
+        if hidden_states is not None:
+            batch.embed(places.tokens, hidden_states)
+    # From here on the device may be waiting for the host: what can be known is known before it
+    # answers.
+    settings = pool.settings()
     if ready is not None and not ready():
         return None
 
@@ -292,7 +317,7 @@ def _encode_by(
             return PADDING_KEPT
 
     def laid_out(packed: Tensor) -> Tensor:
-        return _laid_out(packed, found.rows, batch)
+        return _laid_out(packed, places.rows, batch)
 
     shape = Shape(rounded_rows(rows), max_batch, _power_of_two(longest, 64))
     if rows == padded_rows == capacity and known and batch.seq_len >= MIN_ALIKE_LEN:
@@ -300,15 +325,15 @@ def _encode_by(
     if hidden_states is None and step is not None and visit is None and rows:
         hidden_states = step.buffer(shape.rows)
         if hidden_states is not None:
-            batch.embed(found.tokens, hidden_states)
+            batch.embed(places.tokens, hidden_states)
     if hidden_states is not None and rows:
         assert step is not None
         buffer = hidden_states
-        packed = step.run(shape, layers, lambda: batch.embed(found.tokens, buffer))
+        packed = step.run(shape, settings, layers, lambda: batch.embed(places.tokens, buffer))
     else:
         packed = batch.like.new_empty(shape.rows, batch.hidden_size)
         if rows:
-            batch.embed(found.tokens, packed)
+            batch.embed(places.tokens, packed)
         if visit is not None:
             return _visited(packed, layers, starts, shape, visit, laid_out)
         if rows:

@@ -17,7 +17,7 @@ from torch import Tensor
 from eet_patch import patching, reporting
 from eet_patch.generation.step import plain_tensors
 from eet_patch.ops._extension import extension
-from eet_patch.ops.packing import Starts
+from eet_patch.ops.packing import Places, Starts
 
 if TYPE_CHECKING:
     from eet_patch.encoding.packed import EncoderLayer, Shape
@@ -89,7 +89,7 @@ class Graph:
         self._graph.replay()
 
 
-def _settings() -> tuple[object, ...]:
+def settings() -> tuple[object, ...]:
     """Of torch, which a graph of its products and attentions bakes in."""
     cuda = torch.backends.cuda
     try:
@@ -126,6 +126,9 @@ class Step:
         self._seen: OrderedDict[tuple[object, ...], None] = OrderedDict()
         self._graphs_work = True
         self._hidden_states: Tensor | None = None
+        self._parts: dict[int, Tensor] = {}  # the first rows of it
+        self._integers: Tensor | None = None
+        self._places: dict[tuple[int, int, int], Places] = {}
         self._pool: Any = None
         self._pool_bytes = 0
         self.answer = Answer()
@@ -135,6 +138,10 @@ class Step:
     def fits(self, like: Tensor, hidden_size: int) -> bool:
         mine = (self._like.dtype, self._device, self._hidden_size)
         return mine == (like.dtype, like.device, hidden_size)
+
+    def begun(self, layers: object, max_batch: int) -> bool:
+        """Whether it is ready for such a call as it is."""
+        return self._layers is layers and self.starts.cu_seqlens.shape[0] > max_batch
 
     def begin(self, layers: object, max_batch: int) -> None:
         """Makes the step ready for a call of up to `max_batch` sequences."""
@@ -149,10 +156,11 @@ class Step:
     def clear(self) -> None:
         self._graphs.clear()
         self._hidden_states, self._pool, self._pool_bytes = None, None, 0
+        self._parts.clear()
 
     def nbytes(self) -> int:
-        held = 0 if self._hidden_states is None else self._hidden_states.nbytes
-        return held + sum(t.nbytes for t in self.starts) + self._pool_bytes
+        held = (self._hidden_states, self._integers, *self.starts)
+        return sum(t.nbytes for t in held if t is not None) + self._pool_bytes
 
     def num_graphs(self) -> int:
         return len(self._graphs)
@@ -163,8 +171,11 @@ class Step:
         """
         if not self._graphs_work:
             return None
+        part = self._parts.get(rows)
+        if part is not None:
+            return part
         if self._hidden_states is not None and self._hidden_states.shape[0] >= rows:
-            return self._hidden_states[:rows]
+            return self._part(self._hidden_states, rows)
         row_bytes = self._hidden_size * self._like.itemsize * (1 + ROWS_ALIVE)
         capacity = max(LEAST_ROWS, 1 << (rows - 1).bit_length())
         if capacity * row_bytes > MAX_BYTES:
@@ -174,19 +185,50 @@ class Step:
         self.clear()  # before the larger ones are there
         with plain_tensors():
             self._hidden_states = self._like.new_empty(capacity, self._hidden_size)
-        return self._hidden_states[:rows]
+        return self._part(self._hidden_states, rows)
+
+    def _part(self, whole: Tensor, rows: int) -> Tensor:
+        """Slicing takes longer than looking up."""
+        if len(self._parts) >= MAX_SEEN:
+            self._parts.clear()
+        with plain_tensors():
+            part = self._parts[rows] = whole[:rows]
+        return part
+
+    def places(self, capacity: int, padded: int, batch: int, device: torch.device) -> Places:
+        """Room for what is found in one mask, which the step's next call writes to again."""
+        key = (capacity, padded, batch)
+        found = self._places.get(key)
+        if found is not None:
+            return found
+        count = capacity + padded + 2 * batch
+        if self._integers is None or self._integers.shape[0] < count or len(self._places) >= MAX_SEEN:
+            self._places.clear()
+        with plain_tensors():
+            if self._integers is None or self._integers.shape[0] < count:
+                # On this step's stream, where what reads the old one is queued already.
+                most = max(4 * LEAST_ROWS, 1 << (count - 1).bit_length())
+                self._integers = torch.empty(most, dtype=torch.int32, device=device)
+            found = self._places[key] = Places.within(self._integers, *key)
+        return found
 
     def run(
-        self, shape: Shape, layers: Sequence[EncoderLayer], again: Callable[[], None]
+        self,
+        shape: Shape,
+        settings: tuple[object, ...],
+        layers: Sequence[EncoderLayer],
+        again: Callable[[], None],
     ) -> Tensor:
         """The rows in the buffer after the last layer; the step's next call overwrites them.
-        `again` writes the first layer's input to the buffer once more.
+        `settings` are torch's, now; `again` writes the first layer's input to the buffer once more.
         """
         from eet_patch.encoding.packed import run_layers
 
         assert self._hidden_states is not None
-        buffer = self._hidden_states[: shape.rows]
-        key = (shape, _settings())
+        buffer = self._parts.get(shape.rows)
+        if buffer is None:
+            buffer = self._part(self._hidden_states, shape.rows)
+        key = (shape, settings)
         graph = self._graphs.get(key)
         # Once without a graph: a shape may never come again, and kernels are loaded at their first
         # launch, which a capture must not do.
@@ -249,7 +291,14 @@ def borrow(
     """
     stream = torch._C._cuda_getCurrentRawStream(like.device.index)
     with _lock:
-        steps = _steps.setdefault(owner, [])
+        steps = _steps.get(owner)
+        if steps is None:
+            steps = _steps[owner] = []
+        for step in steps:
+            if step.stream == stream and not step.busy and step.fits(like, hidden_size):
+                if step.begun(layers, max_batch):
+                    step.busy = True
+                    return step
         steps[:] = [step for step in steps if step.busy or step.fits(like, hidden_size)]
         step = next((s for s in steps if s.stream == stream), None)
         if step is None and len(steps) < MAX_STEPS:
