@@ -291,14 +291,81 @@ py::object call_method(PyObject* object, PyObject* name) {
   return py::reinterpret_steal<py::object>(result);
 }
 
-// Whether every tensor of (tensor, address, dtype, is_contiguous()) still lies at its address and,
-// where `all` is to be compared, has its dtype and layout. In C++ for the same reason.
+// Part of DLPack's exchange of tensors between libraries (dlpack.h of version 1, Apache-2.0,
+// https://github.com/dmlc/dlpack): a tensor's address and layout without a call of Python.
+struct TensorView {
+  void* data;
+  int32_t device_type, device_id, num_dims;
+  uint8_t type_code, type_bits;
+  uint16_t type_lanes;
+  const int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+using ViewTensor = int (*)(void* tensor, TensorView* view);
+struct TensorExchange {
+  uint32_t major_version, minor_version;
+  void* older;
+  void* functions[3];  // for tensors whose memory is shared
+  ViewTensor view;     // may be null
+};
+ViewTensor view_tensor = nullptr;
+
+// Takes the capsule that torch.Tensor has from some version on; whether it is of use.
+bool use_tensor_exchange(const py::capsule& capsule) {
+  constexpr const char* kName = "dlpack_exchange_api";
+  if (std::string(capsule.name() == nullptr ? "" : capsule.name()) != kName) return false;
+  const auto* exchange = static_cast<const TensorExchange*>(capsule.get_pointer());
+  if (exchange->major_version == 1) view_tensor = exchange->view;
+  return view_tensor != nullptr;
+}
+
+bool is_dense(const TensorView& view) {
+  if (view.strides == nullptr) return true;
+  int64_t step = 1;
+  for (int i = view.num_dims - 1; i >= 0; --i) {
+    if (view.shape[i] == 0) return true;
+    if (view.shape[i] == 1) continue;
+    if (view.strides[i] != step) return false;
+    step *= view.shape[i];
+  }
+  return true;
+}
+
+// Element type and layout of a tensor as a number; 0 where torch has no exchange.
+int64_t layout_key(const TensorView& view) {
+  return int64_t(view.type_code) << 32 | int64_t(view.type_bits) << 16 |
+         int64_t(view.type_lanes) << 1 | int64_t(is_dense(view));
+}
+int64_t layout_of(const py::object& tensor) {
+  TensorView view;
+  if (view_tensor == nullptr) return 0;
+  if (view_tensor(tensor.ptr(), &view) != 0) {
+    PyErr_Clear();
+    return 0;
+  }
+  return layout_key(view);
+}
+
+// Whether every tensor of (tensor, address, dtype, is_contiguous(), layout_of()) still lies at its
+// address and, where `all` is to be compared, has its dtype and layout. In C++ for the same reason.
 bool same_places(const py::tuple& noted, bool all) {
   static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
   static PyObject* const dtype = PyUnicode_InternFromString("dtype");
   static PyObject* const contiguous = PyUnicode_InternFromString("is_contiguous");
   for (const py::handle entry : noted) {
     PyObject* tensor = PyTuple_GET_ITEM(entry.ptr(), 0);
+    const int64_t layout = PyLong_AsLongLong(PyTuple_GET_ITEM(entry.ptr(), 4));
+    if (layout != 0) {
+      TensorView view;
+      if (view_tensor(tensor, &view) != 0) {
+        PyErr_Clear();
+        return false;
+      }
+      const auto place = reinterpret_cast<uint64_t>(view.data) + view.byte_offset;
+      if (place != PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(entry.ptr(), 1))) return false;
+      if (all && layout_key(view) != layout) return false;
+      continue;
+    }
     if (!call_method(tensor, data_ptr).equal(py::handle(PyTuple_GET_ITEM(entry.ptr(), 1))))
       return false;
     if (!all) continue;
@@ -381,6 +448,8 @@ PYBIND11_MODULE(_C, m) {
   ep::bind_packing(m);
   m.def("same_contents", &ep::same_contents, A(noted));
   m.def("same_places", &ep::same_places, A(noted), A(all));
+  m.def("layout_of", &ep::layout_of, A(tensor));
+  m.def("use_tensor_exchange", &ep::use_tensor_exchange, A(capsule));
   m.def("build_info", &ep::build_info);
 #undef EET_TAIL
 #undef A

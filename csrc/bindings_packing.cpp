@@ -75,9 +75,8 @@ void pack_and_embed(Address tokens, Address rows, Address scratch, Address cu_se
   pack.max_batch = max_batch;
   EmbeddingArgs& embed = args.embed;
   Address word = 0, position = 0, token_type = 0, norm_weight = 0, norm_bias = 0;
-  std::tie(word, position, token_type, embed.vocab_size, embed.num_positions,
-           embed.num_token_types, norm_weight, norm_bias, embed.hidden_size, embed.eps) =
-      tables;
+  std::tie(word, position, token_type, embed.vocab_size, embed.num_positions, embed.num_token_types,
+           norm_weight, norm_bias, embed.hidden_size, embed.eps) = tables;
   embed.out = ptr(out);
   embed.word_weight = ptr(word);
   embed.position_weight = ptr(position);

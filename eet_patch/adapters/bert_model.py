@@ -214,7 +214,7 @@ def _tables(embeddings: Any) -> tuple[int | float, ...]:
     modules = embeddings._modules
     norm = modules["LayerNorm"]
     return lookup_tables(
-        *(modules[name]._parameters["weight"] for name in TABLES),
+        [modules[name]._parameters["weight"] for name in TABLES],
         norm._parameters["weight"],
         norm._parameters["bias"],
         norm.eps,

@@ -153,7 +153,7 @@ class Encoders:
         watch, ready = encoder.unconfirmed, None
         if watch is not None:
             if visit is not None:  # at once: what `visit` is shown can't be taken back
-                reason = self._unconfirmed_reason(encoder, watch, batch)
+                reason = self._unconfirmed_reason(encoder, watch, batch, False)
                 if reason is not None:
                     return reason
             ready = watch.parameters_stay
@@ -162,15 +162,17 @@ class Encoders:
         if out is None:
             return CHANGED
         if watch is not None:
-            reason = self._unconfirmed_reason(encoder, watch, batch)
+            reason = self._unconfirmed_reason(encoder, watch, batch, True)
             if reason is not None:
                 return reason
         if not encoder.noted:
             note_sound(encoder.module, batch.like, encoder.layers)
         return out
 
-    def _unconfirmed_reason(self, encoder: Encoder, watch: Watch, batch: Batch) -> str | None:
-        if not watch.holds(batch.like):
+    def _unconfirmed_reason(
+        self, encoder: Encoder, watch: Watch, batch: Batch, parameters_stay: bool
+    ) -> str | None:
+        if not watch.holds(batch.like, parameters_stay):
             return CHANGED
         implementation = self.layer.implementation(encoder.modules[0])
         return implementation if " " in implementation else None

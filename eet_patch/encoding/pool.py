@@ -202,7 +202,11 @@ class Step:
         if found is not None:
             return found
         count = capacity + padded + 2 * batch
-        if self._integers is None or self._integers.shape[0] < count or len(self._places) >= MAX_SEEN:
+        if (
+            self._integers is None
+            or self._integers.shape[0] < count
+            or len(self._places) >= MAX_SEEN
+        ):
             self._places.clear()
         with plain_tensors():
             if self._integers is None or self._integers.shape[0] < count:
@@ -294,11 +298,11 @@ def borrow(
         steps = _steps.get(owner)
         if steps is None:
             steps = _steps[owner] = []
-        for step in steps:
-            if step.stream == stream and not step.busy and step.fits(like, hidden_size):
-                if step.begun(layers, max_batch):
-                    step.busy = True
-                    return step
+        for idle in steps:
+            if idle.stream == stream and not idle.busy and idle.fits(like, hidden_size):
+                if idle.begun(layers, max_batch):
+                    idle.busy = True
+                    return idle
         steps[:] = [step for step in steps if step.busy or step.fits(like, hidden_size)]
         step = next((s for s in steps if s.stream == stream), None)
         if step is None and len(steps) < MAX_STEPS:

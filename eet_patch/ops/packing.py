@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,17 +79,17 @@ class Lookup(NamedTuple):
 
 
 def lookup_tables(
-    word: Tensor, position: Tensor, token_type: Tensor, norm_weight: Tensor, norm_bias: Tensor | None,
-    eps: float,
+    tables: Sequence[Tensor], norm_weight: Tensor, norm_bias: Tensor | None, eps: float
 ) -> tuple[int | float, ...]:
-    """As the extension takes them: good for as long as they lie where they lie."""
-    tables = (word, position, token_type)
+    """Of words, positions and token types, as the extension takes them: good for as long as they
+    lie where they lie.
+    """
     return (
         *(table.data_ptr() for table in tables),
         *(table.shape[0] for table in tables),
         norm_weight.data_ptr(),
         address(norm_bias),
-        word.shape[1],
+        tables[0].shape[1],
         eps,
     )
 
