@@ -117,7 +117,7 @@ class Watch:
     5.
     """
 
-    __slots__ = ("_classes", "_like", "_noted", "_parameters", "layer", "notes")
+    __slots__ = ("_classes", "_like", "_noted", "_parameters", "_parts", "layer", "notes")
 
     def __init__(
         self, layer: nn.Module, like: Tensor, forget: Any, notes: Any = None, more: Any = ()
@@ -137,10 +137,21 @@ class Watch:
         self._noted = tuple(noted)
         self._classes = tuple(classes.items())
         self._parameters = tuple((p, *_storage(p)) for p in parameters)
+        self._parts: tuple[Any, Any] = (self._parameters, ())
 
-    def parameters_stay(self) -> bool:
-        """Whether all parameters lie where they lay: what a launch on noted addresses needs."""
-        return extension().same_places(self._parameters, LAYOUTS_ARE_QUICK)
+    def first_need(self, tensors: list[Tensor]) -> None:
+        """Has `parameters_stay` tell of these apart from the others."""
+        ids = {id(tensor) for tensor in tensors}
+        self._parts = (
+            tuple(noted for noted in self._parameters if id(noted[0]) in ids),
+            tuple(noted for noted in self._parameters if id(noted[0]) not in ids),
+        )
+
+    def parameters_stay(self, part: int) -> bool:
+        """Whether the parameters of a part, 0 or 1, lie where they lay: what a launch on noted
+        addresses needs.
+        """
+        return extension().same_places(self._parts[part], LAYOUTS_ARE_QUICK)
 
     def holds(self, like: Tensor, parameters_stay: bool = False) -> bool:
         """`parameters_stay`: what its name says was just found to be so."""
@@ -194,12 +205,12 @@ def watch_of(layer: nn.Module, like: Tensor) -> Watch | None:
     return watch
 
 
-def note_sound(layer: nn.Module, like: Tensor, notes: Any = None, more: Any = ()) -> None:
+def note_sound(layer: nn.Module, like: Tensor, notes: Any = None, more: Any = ()) -> Watch | None:
     """Notes that the modules and parameters of a layer passed all checks for such an input, and
     what its adapter made of them; `more` are dictionaries on which the verdict rests too.
     """
     if not _holdable(layer):
-        return
+        return None
     number = id(layer)
 
     def forget(reference: Any) -> None:
@@ -207,7 +218,8 @@ def note_sound(layer: nn.Module, like: Tensor, notes: Any = None, more: Any = ()
         if watch is not None and watch.layer is reference:
             del _watches[number]
 
-    _watches[number] = Watch(layer, like, forget, notes, more)
+    watch = _watches[number] = Watch(layer, like, forget, notes, more)
+    return watch
 
 
 def forget(layer: nn.Module) -> None:

@@ -24,7 +24,7 @@ from eet_patch.adapters.host import (
     recorder,
     version_before,
 )
-from eet_patch.encoding.packed import Batch, EncoderLayer, encode
+from eet_patch.encoding.packed import Batch, EncoderLayer, encode, head_tensors
 from eet_patch.gates import Watch, forget, note_sound, submodule_reason, watch_of
 from eet_patch.ops.packing import launch_gather_rows
 from eet_patch.patching import Adapter, Withdrawn
@@ -166,7 +166,9 @@ class Encoders:
             if reason is not None:
                 return reason
         if not encoder.noted:
-            note_sound(encoder.module, batch.like, encoder.layers)
+            watch = note_sound(encoder.module, batch.like, encoder.layers)
+            if watch is not None:
+                watch.first_need(head_tensors(encoder.layers))
         return out
 
     def _unconfirmed_reason(

@@ -152,17 +152,28 @@ def run_layer(
     )
 
 
+def head_tensors(layers: Sequence[EncoderLayer]) -> list[Tensor]:
+    """The parameters of the layers that are launched first, alone."""
+    found: list[Tensor | None] = []
+    for layer in layers[: pool.head_layers(len(layers))]:
+        norms = (layer.attention_norm, layer.output_norm)
+        found += [*layer.qkv_weights, *layer.qkv_biases, layer.out_weight, layer.out_bias]
+        found += [layer.fc1_weight, layer.fc1_bias, layer.fc2_weight, layer.fc2_bias]
+        found += [tensor for norm in norms for tensor in (norm.weight, norm.bias)]
+    return [tensor for tensor in found if tensor is not None]
+
+
 def encode(
     owner: object,
     layers: tuple[EncoderLayer, ...],
     batch: Batch,
     keep_padding: bool,
     visit: Visit | None = None,
-    ready: Callable[[], bool] | None = None,
+    ready: Callable[[int], bool] | None = None,
 ) -> Tensor | str | None:
     """The last layer's output, (batch_size, seq_len, hidden_size), or why the layers must be run
-    over the padding too; None if `ready`, asked while the device looks at the mask and before it
-    is sent on to the layers, says no.
+    over the padding too; None if `ready(0)` or `ready(1)` says no: asked before the device is sent
+    on to the first layers, while it looks at the mask, and to the others, while it does those.
 
     Args:
         owner: whose graphs are kept for as long as it lives.
@@ -240,7 +251,7 @@ def _encode_on_cuda(
     batch: Batch,
     keep_padding: bool,
     visit: Visit | None,
-    ready: Callable[[], bool] | None,
+    ready: Callable[[int], bool] | None,
 ) -> Tensor | str | None:
     max_batch = _power_of_two(batch.batch_size, 1)
     step = pool.borrow(owner, layers, batch.like, batch.hidden_size, max_batch)
@@ -258,7 +269,7 @@ def _encode_by(
     batch: Batch,
     keep_padding: bool,
     visit: Visit | None,
-    ready: Callable[[], bool] | None,
+    ready: Callable[[int], bool] | None,
 ) -> Tensor | str | None:
     padded_rows = batch.batch_size * batch.seq_len
     capacity = rounded_rows(padded_rows)
@@ -302,7 +313,7 @@ def _encode_by(
     # From here on the device may be waiting for the host: what can be known is known before it
     # answers.
     settings = pool.settings()
-    if ready is not None and not ready():
+    if ready is not None and not ready(0):
         return None
 
     rows, longest, more = padded_rows, batch.seq_len, 0
@@ -329,8 +340,13 @@ def _encode_by(
     if hidden_states is not None and rows:
         assert step is not None
         buffer = hidden_states
-        packed = step.run(shape, settings, layers, lambda: batch.embed(places.tokens, buffer))
+        ran = step.run(shape, settings, layers, lambda: batch.embed(places.tokens, buffer), ready)
+        if ran is None:
+            return None
+        packed = ran
     else:
+        if ready is not None and not ready(1):
+            return None
         packed = batch.like.new_empty(shape.rows, batch.hidden_size)
         if rows:
             batch.embed(places.tokens, packed)

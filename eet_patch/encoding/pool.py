@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,10 @@ MAX_GRAPHS = 48  # of a step; the one that has waited longest gives way
 MAX_SEEN = 512  # shapes that a graph is made for when they come again
 # Buffers and scratch of a step. A batch of more tokens than fit keeps the GPU busy for longer than
 # its launches take, and runs without a graph.
-MAX_BYTES = 256 * 2**20
+MAX_BYTES = 384 * 2**20
+# A graph of so many layers goes ahead of the graph of the others, whose parameters are looked at
+# while the device does these.
+HEAD_LAYERS = 2
 LEAST_ROWS = 1024
 LEAST_BATCH = 256
 # Rows of hidden states that are alive at once, at most, while a layer runs: input, query, key,
@@ -105,6 +109,10 @@ def settings() -> tuple[object, ...]:
     )
 
 
+def head_layers(num_layers: int) -> int:
+    return HEAD_LAYERS if num_layers > 2 * HEAD_LAYERS else num_layers
+
+
 def _keep(held: OrderedDict[Any, Any], key: object, value: object, most: int) -> None:
     """The newest `most` of them stay."""
     held[key] = value
@@ -122,7 +130,7 @@ class Step:
         self._layers: object = None
         self._device, self._hidden_size = like.device, hidden_size
         self._like = torch.empty(0, dtype=like.dtype, device=like.device)
-        self._graphs: OrderedDict[tuple[object, ...], Graph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[object, ...], list[Graph]] = OrderedDict()
         self._seen: OrderedDict[tuple[object, ...], None] = OrderedDict()
         self._graphs_work = True
         self._hidden_states: Tensor | None = None
@@ -222,9 +230,11 @@ class Step:
         settings: tuple[object, ...],
         layers: Sequence[EncoderLayer],
         again: Callable[[], None],
-    ) -> Tensor:
-        """The rows in the buffer after the last layer; the step's next call overwrites them.
-        `settings` are torch's, now; `again` writes the first layer's input to the buffer once more.
+        ready: Callable[[int], bool] | None,
+    ) -> Tensor | None:
+        """The rows in the buffer after the last layer; the step's next call overwrites them. None
+        if `ready(1)` says no. `settings` are torch's, now; `again` writes the first layer's input
+        to the buffer once more.
         """
         from eet_patch.encoding.packed import run_layers
 
@@ -233,49 +243,61 @@ class Step:
         if buffer is None:
             buffer = self._part(self._hidden_states, shape.rows)
         key = (shape, settings)
-        graph = self._graphs.get(key)
+        graphs = self._graphs.get(key)
+        if graphs is None and ready is not None and not ready(1):
+            return None
         # Once without a graph: a shape may never come again, and kernels are loaded at their first
         # launch, which a capture must not do.
-        if graph is None and key in self._seen:
-            graph = self._captured(buffer, layers, shape)
-        if graph is None:
+        if graphs is None and key in self._seen:
+            graphs, ready = self._captured(buffer, layers, shape), None
+        if graphs is None:
             _keep(self._seen, key, None, MAX_SEEN)
             return run_layers(buffer, layers, self.starts, shape)
         try:
-            graph.replay()
+            graphs[0].replay()
+            if ready is not None and not ready(1):
+                return None
+            for graph in graphs[1:]:
+                graph.replay()
         except RuntimeError as error:
             self._give_up("launch", error)
+            if ready is not None and not ready(1):
+                return None
             again()
             return run_layers(buffer, layers, self.starts, shape)
-        _keep(self._graphs, key, graph, MAX_GRAPHS)
+        _keep(self._graphs, key, graphs, MAX_GRAPHS)
         return buffer
 
     def _captured(
         self, buffer: Tensor, layers: Sequence[EncoderLayer], shape: Shape
-    ) -> Graph | None:
+    ) -> list[Graph] | None:
         from eet_patch.encoding.packed import run_layers
 
-        def launch() -> None:
+        def launch(part: Sequence[EncoderLayer]) -> None:
             if self._pool_bytes == 0:
                 # One block for all graphs, out of which each takes its own: grown from graph to
                 # graph, the pool would keep what is too small for the next.
                 assert self._hidden_states is not None
                 self._hidden_states.new_empty(ROWS_ALIVE, *self._hidden_states.shape)
             # Onto the buffer that it came from: one address serves all graphs.
-            run_layers(buffer, layers, self.starts, shape, buffer)
+            run_layers(buffer, part, self.starts, shape, buffer)
 
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        before = torch.cuda.memory_reserved(self._device)
-        graph = Graph(self._device, self.stream, self._pool)
+        head, graphs = head_layers(len(layers)), []
         try:
             with plain_tensors():
-                graph.capture(launch)
+                for part in filter(None, (layers[:head], layers[head:])):
+                    before = torch.cuda.memory_reserved(self._device)
+                    graph = Graph(self._device, self.stream, self._pool)
+                    graph.capture(partial(launch, part))
+                    graphs.append(graph)
+                    taken = torch.cuda.memory_reserved(self._device) - before
+                    self._pool_bytes += max(0, taken)
         except RuntimeError as error:
             self._give_up("capture", error)
             return None
-        self._pool_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
-        return graph
+        return graphs
 
     def _give_up(self, what: str, error: RuntimeError) -> None:
         self._graphs_work = False

@@ -394,6 +394,26 @@ def test_hooks_that_come_later_are_called(device, path):
         assert len(called) == 3 and eet_patch.report()["bert_model"].replaced == 3
 
 
+@pytest.mark.parametrize("layer", [0, 1, 2, 5])
+def test_parameters_that_move_between_calls(device, layer):
+    """Of the layers that are launched ahead, and of the others."""
+    model, inputs = tiny_bert("bert", device, num_hidden_layers=6), batch_of("right", device)
+    keep = inputs["attention_mask"].bool()
+    changed = model.encoder.layer[layer].output.LayerNorm
+    with torch.no_grad():
+        for round in range(3):
+            with eet_patch.enabled():
+                for _ in range(4):
+                    out = model(**inputs)[0]
+                if round < 2:
+                    changed.weight.data = changed.weight * 1.5
+                    out = model(**inputs)[0]
+            own = model(**inputs)[0]
+            torch.testing.assert_close(out[keep], own[keep], rtol=1e-4, atol=1e-4)
+    row = eet_patch.report()["bert_model"]
+    assert row.fallbacks == {} and row.replaced == 14
+
+
 def test_threads(device):
     model = tiny_bert("bert", device)
     batches = [batch_of("right", device, (size, 5, 9)) for size in (11, 30, 64, 80)]
