@@ -39,16 +39,17 @@ void embedding(Address out, Address word_weight, Address position_weight, Addres
 
 void layernorm(Address out, Address input, Address weight, Address bias, int64_t rows,
                int64_t hidden_size, float eps, int dtype, int device, Address stream,
-               int num_threads) {
+               int num_threads, bool chained) {
   const LayerNormArgs args{ptr(out), ptr(input),  ptr(weight), ptr(bias),
-                           rows,     hidden_size, eps,         static_cast<DType>(dtype)};
+                           rows,     hidden_size, eps,         static_cast<DType>(dtype),
+                           chained};
   EET_RUN(layernorm);
 }
 
 void bias_residual_layernorm(Address out, Address sum_out, Address input, Address bias,
                              Address residual, Address weight, Address norm_bias, int64_t rows,
                              int64_t hidden_size, float eps, int dtype, int device, Address stream,
-                             int num_threads) {
+                             int num_threads, bool chained) {
   const BiasResidualLayerNormArgs args{ptr(out),
                                        ptr(sum_out),
                                        ptr(input),
@@ -59,7 +60,8 @@ void bias_residual_layernorm(Address out, Address sum_out, Address input, Addres
                                        rows,
                                        hidden_size,
                                        eps,
-                                       static_cast<DType>(dtype)};
+                                       static_cast<DType>(dtype),
+                                       chained};
   EET_RUN(bias_residual_layernorm);
 }
 
@@ -414,9 +416,10 @@ PYBIND11_MODULE(_C, m) {
         A(position_count), A(token_type_count), A(word_scale), A(eps), EET_TAIL,
         py::arg("tokens") = 0);
   m.def("layernorm", &ep::layernorm, A(out), A(input), A(weight), A(bias), A(rows), A(hidden_size),
-        A(eps), EET_TAIL);
+        A(eps), EET_TAIL, py::arg("chained") = false);
   m.def("bias_residual_layernorm", &ep::bias_residual_layernorm, A(out), A(sum_out), A(input),
-        A(bias), A(residual), A(weight), A(norm_bias), A(rows), A(hidden_size), A(eps), EET_TAIL);
+        A(bias), A(residual), A(weight), A(norm_bias), A(rows), A(hidden_size), A(eps), EET_TAIL,
+        py::arg("chained") = false);
   m.def("bias_activation", &ep::bias_activation, A(out), A(input), A(bias), A(rows), A(size),
         A(activation), EET_TAIL);
   m.def("linear", &ep::linear, A(out), A(input), A(weights), A(biases), A(residual), A(norm_weight),

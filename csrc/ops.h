@@ -59,6 +59,7 @@ struct LayerNormArgs {
   int64_t rows, hidden_size;
   float eps;
   DType dtype;
+  bool chained = false;  // CUDA: the kernel ahead on the stream wrote no weight and no bias
 };
 
 // sum[r] = input[r] + bias + residual[r];  out[r] = LN(sum[r]). bias, residual, sum_out may be
@@ -71,6 +72,7 @@ struct BiasResidualLayerNormArgs {
   int64_t rows, hidden_size;
   float eps;
   DType dtype;
+  bool chained = false;  // as in LayerNormArgs
 };
 
 // out[r] = activation(input[r] + bias); bias may be null; out may alias input.

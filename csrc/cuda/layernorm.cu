@@ -148,7 +148,7 @@ template cudaError_t launch_layernorm<__nv_bfloat16>(const BiasResidualLayerNorm
 
 Status bias_residual_layernorm(const BiasResidualLayerNormArgs& args, const Context& context) {
   return to_status(dispatch_dtype(args.dtype, [&](auto element) {
-    return launch_layernorm<decltype(element)>(args, stream_of(context), false);
+    return launch_layernorm<decltype(element)>(args, stream_of(context), args.chained);
   }));
 }
 
@@ -162,6 +162,7 @@ Status layernorm(const LayerNormArgs& args, const Context& context) {
   same.hidden_size = args.hidden_size;
   same.eps = args.eps;
   same.dtype = args.dtype;
+  same.chained = args.chained;
   return bias_residual_layernorm(same, context);
 }
 

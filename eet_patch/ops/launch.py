@@ -312,7 +312,10 @@ def attention(
     return out
 
 
-def layernorm(flat: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
+def layernorm(flat: Tensor, norm: Norm, out: Tensor | None = None, chained: bool = False) -> Tensor:
+    """`chained`: the kernel ahead on the stream is one of the same call, so that it wrote no
+    parameter, and this one may start before it has ended.
+    """
     rows, hidden_size = flat.shape
     out = torch.empty_like(flat) if out is None else out
     extension().layernorm(
@@ -324,13 +327,20 @@ def layernorm(flat: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
         hidden_size,
         norm.eps,
         *place(flat),
+        chained,
     )
     return out
 
 
 def bias_residual_layernorm(
-    flat: Tensor, bias: Tensor | None, residual: Tensor | None, norm: Norm, out: Tensor
+    flat: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm: Norm,
+    out: Tensor,
+    chained: bool = False,
 ) -> Tensor:
+    """`chained` as in `layernorm`."""
     rows, hidden_size = flat.shape
     extension().bias_residual_layernorm(
         out.data_ptr(),
@@ -344,5 +354,6 @@ def bias_residual_layernorm(
         hidden_size,
         norm.eps,
         *place(flat),
+        chained,
     )
     return out
