@@ -38,7 +38,7 @@ def check(packing, keep):
     assert torch.equal(packing.short_cu_seqlens.long(), starts)
 
 
-SIZES = [(1, 1), (3, 7), (2, 300), (300, 2), (5, 1100)]
+SIZES = [(1, 1), (3, 7), (2, 300), (300, 2), (5, 1100), (9, 1100), (300, 40)]
 KINDS = ["full", "none", "right", "left", "random"]
 
 
