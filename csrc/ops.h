@@ -103,6 +103,15 @@ struct LinearArgs {
 };
 constexpr int64_t kMaxSkinnyRows = 64;
 
+// The same for any number of rows: on CUDA by the tensor cores of sm_90a, for fp16 and bf16, no LN,
+// not in_out, activation or residual but not both; in_features, input_stride (= in_features),
+// out_features and out_stride multiples of 8, and 16-byte aligned addresses. All else is
+// kUnsupported there.
+struct LinearTilesArgs {
+  LinearArgs product;
+  int tile;  // CUDA: a size of tile and what pairs of blocks share (linear_tiles.h), < 0: chosen
+};
+
 // out = softmax(scale * query @ key^T + mask) @ value, per (batch, head).
 // Padded form: cu_seqlens null, every batch row has q_len queries and kv_len keys. Packed form:
 // cu_seqlens holds batch + 1 token offsets into one (total, heads, head_dim) array; strides.batch
@@ -442,6 +451,7 @@ struct GatherRowsArgs {
   Status bias_residual_layernorm(const BiasResidualLayerNormArgs& args, const Context& context); \
   Status bias_activation(const BiasActivationArgs& args, const Context& context);                \
   Status linear(const LinearArgs& args, const Context& context);                                 \
+  Status linear_tiles(const LinearTilesArgs& args, const Context& context);                      \
   Status attention(const AttentionArgs& args, const Context& context);                           \
   Status attention_block(const AttentionBlockArgs& args, const Context& context);                \
   Status ffn(const FfnArgs& args, const Context& context);                                       \

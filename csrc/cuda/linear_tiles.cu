@@ -1,0 +1,66 @@
+// Products of many rows: which they are, and by which tiles.
+#include <algorithm>
+
+#include "common/launch.cuh"
+#include "common/vector.cuh"
+#include "cuda/linear_tiles.h"
+
+namespace eet_patch::cuda {
+namespace {
+
+constexpr int kPairs = 3;
+
+// Compiled for sm_90a and running there: __CUDA_ARCH_LIST__ doesn't tell 90 from 90a, so that the
+// build must not hold plain 90 (setup.py never does).
+bool has_warpgroup_products() {
+  return kernel_capability() == 9 && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
+}
+
+bool is_supported(const LinearArgs& args) {
+  constexpr int64_t kVector = 8, kMost = int64_t(1) << 30;
+  if (args.dtype == DType::kFloat32 || args.in_out || args.norm_weight != nullptr) return false;
+  if (args.activation != Activation::kNone && args.residual != nullptr) return false;
+  if (args.in_features <= 0 || args.in_features % kVector != 0 ||
+      args.input_stride != args.in_features || args.out_features % kVector != 0 ||
+      args.out_stride % kVector != 0)
+    return false;
+  if (args.rows > kMost || args.in_features > kMost || args.out_features > kMost) return false;
+  bool aligned = is_aligned(args.out) && is_aligned(args.input) && is_aligned(args.residual);
+  for (int i = 0; i < args.num_weights; ++i)
+    aligned = aligned && is_aligned(args.weight[i]) && is_aligned(args.bias[i]);
+  return aligned && has_warpgroup_products();
+}
+
+// The tile that fills the multiprocessors most evenly.
+int choose_tile(const LinearArgs& args) {
+  const int multiprocessors = std::max(1, device_attribute(cudaDevAttrMultiProcessorCount));
+  int best = 0;
+  int64_t least = INT64_MAX;
+  for (int shape = 0; shape < kNumTileShapes; ++shape) {
+    const TileShape& tile = kTileShapes[shape];
+    const int64_t tiles = ceil_div(args.rows, tile.rows()) *
+                          ceil_div(args.out_features, tile.columns) * args.num_weights;
+    const int64_t cost = ceil_div(tiles, multiprocessors) * tile.rows() * tile.columns;
+    if (cost < least) least = cost, best = shape;
+  }
+  return best;
+}
+
+}  // namespace
+
+Status linear_tiles(const LinearTilesArgs& args, const Context& context) {
+  const LinearArgs& product = args.product;
+  if (!is_supported(product) || args.tile >= kPairs * kNumTileShapes)
+    return Status{Status::kUnsupported};
+  if (product.rows == 0 || product.out_features == 0) return Status{};
+  const int tile = args.tile < 0 ? choose_tile(product) : args.tile;
+  const int shape = tile % kNumTileShapes;
+  const TilePair pair = static_cast<TilePair>(tile / kNumTileShapes);
+  return to_status(
+      product.dtype == DType::kFloat16
+          ? launch_linear_tiles<__half>(product, shape, pair, stream_of(context))
+          : launch_linear_tiles<__nv_bfloat16>(product, shape, pair, stream_of(context)));
+}
+
+}  // namespace eet_patch::cuda
