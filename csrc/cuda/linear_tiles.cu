@@ -8,8 +8,6 @@
 namespace eet_patch::cuda {
 namespace {
 
-constexpr int kPairs = 3;
-
 // Compiled for sm_90a and running there: __CUDA_ARCH_LIST__ doesn't tell 90 from 90a, so that the
 // build must not hold plain 90 (setup.py never does).
 bool has_warpgroup_products() {
@@ -51,8 +49,7 @@ int choose_tile(const LinearArgs& args) {
 
 Status linear_tiles(const LinearTilesArgs& args, const Context& context) {
   const LinearArgs& product = args.product;
-  if (!is_supported(product) || args.tile >= kPairs * kNumTileShapes)
-    return Status{Status::kUnsupported};
+  if (!is_supported(product) || args.tile >= kNumTiles) return Status{Status::kUnsupported};
   if (product.rows == 0 || product.out_features == 0) return Status{};
   const int tile = args.tile < 0 ? choose_tile(product) : args.tile;
   const int shape = tile % kNumTileShapes;

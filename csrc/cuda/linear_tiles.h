@@ -24,6 +24,7 @@ constexpr TileShape kTileShapes[] = {{2, 96, false},  {2, 112, false}, {2, 128, 
                                      {1, 128, true},  {1, 192, true},  {1, 256, true},
                                      {1, 64, false},  {1, 128, false}, {1, 256, false}};
 constexpr int kNumTileShapes = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
+constexpr int kNumTiles = 3 * kNumTileShapes;  // tile / kNumTileShapes is what pairs share
 
 template <typename T>
 cudaError_t launch_linear_tiles(const LinearArgs& args, int shape, TilePair pair,
