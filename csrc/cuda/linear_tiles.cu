@@ -49,15 +49,24 @@ int choose_tile(const LinearArgs& args) {
 
 Status linear_tiles(const LinearTilesArgs& args, const Context& context) {
   const LinearArgs& product = args.product;
-  if (!is_supported(product) || args.tile >= kNumTiles) return Status{Status::kUnsupported};
+  if (!is_supported(product) || args.tile >= kNumTiles + kNumSplits)
+    return Status{Status::kUnsupported};
   if (product.rows == 0 || product.out_features == 0) return Status{};
   const int tile = args.tile < 0 ? choose_tile(product) : args.tile;
+  const cudaStream_t stream = stream_of(context);
+  const bool half = product.dtype == DType::kFloat16;
+  if (tile >= kNumTiles) {
+    const int columns = kSplitColumns[(tile - kNumTiles) / kNumSplitRanks];
+    const int ranks = kSplitRanks[(tile - kNumTiles) % kNumSplitRanks];
+    return to_status(
+        half ? launch_linear_split<__half>(product, columns, ranks, args.chained, stream)
+             : launch_linear_split<__nv_bfloat16>(product, columns, ranks, args.chained, stream));
+  }
   const int shape = tile % kNumTileShapes;
   const TilePair pair = static_cast<TilePair>(tile / kNumTileShapes);
   return to_status(
-      product.dtype == DType::kFloat16
-          ? launch_linear_tiles<__half>(product, shape, pair, stream_of(context))
-          : launch_linear_tiles<__nv_bfloat16>(product, shape, pair, stream_of(context)));
+      half ? launch_linear_tiles<__half>(product, shape, pair, args.chained, stream)
+           : launch_linear_tiles<__nv_bfloat16>(product, shape, pair, args.chained, stream));
 }
 
 }  // namespace eet_patch::cuda

@@ -155,6 +155,15 @@ __device__ void bring_tiles(const LinearTileParams<T>& p, const TileWalk<T>& wal
   }
 }
 
+// Turns of the two warpgroups. A parity tells a phase of a barrier from the one before it only, so
+// that a warpgroup must not wait for stages before all earlier ones have come.
+__device__ __forceinline__ void await_turn(int warpgroup) {
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + warpgroup), "n"(2 * kWarpgroupThreads) : "memory");
+}
+__device__ __forceinline__ void give_turn(int warpgroup) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(1 + warpgroup), "n"(2 * kWarpgroupThreads) : "memory");
+}
+
 enum class TileFinish { kLinear, kGelu, kOther };
 
 // A warp's 16 rows of sums to memory: + bias, activation or residual, rounded once. `staging` is
@@ -282,8 +291,11 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       int stage = position % Tile::kStages;
       uint32_t parity = position / Tile::kStages % 2;
       int done = stage;  // the stage before, still being read
+      if (!kTogether && index != walk.group) await_turn(warpgroup);
       for (int block = 0; block < p.k_blocks; ++block) {
         barrier_wait(full + 8 * stage, parity);
+        if (!kTogether && block == p.k_blocks - 1 && index + walk.groups < walk.total)
+          give_turn(1 - warpgroup);
         const uint32_t tile = stages + stage * Tile::kStageBytes;
         const uint64_t input = tile_descriptor(tile + rows_from * kSwizzleBytes);
         const uint64_t weight = tile_descriptor(tile + Tile::kInputBytes);

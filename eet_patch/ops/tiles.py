@@ -41,9 +41,11 @@ def linear_tiles(
     activation: str | None = None,
     residual: Tensor | None = None,
     tile: int = CHOSEN,
+    chained: bool = False,
 ) -> Tensor:
     """`activation(flat @ weight.T + bias)`, or `flat @ weight.T + bias + residual`: (rows,
-    in_features) to (rows, len(weights) * out_features), unchecked.
+    in_features) to (rows, len(weights) * out_features), unchecked. `chained`: the kernel ahead on the stream wrote no weights, so that
+    this one may start before it has ended.
     """
     rows, in_features = flat.shape
     out_features = weights[0].shape[0]
@@ -60,6 +62,7 @@ def linear_tiles(
         len(weights),
         ACTIVATION_CODES[activation],
         tile,
+        chained,
         *place(flat),
     )
     return out
