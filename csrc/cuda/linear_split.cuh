@@ -26,10 +26,12 @@ struct SplitTile {
 // A cluster owns a tile of 128 rows by kN columns of one weight; each rank k_per_rank blocks of its
 // k. The first warpgroup brings tiles, the others own 64 rows each. Dynamic shared memory: the
 // ring, slabs of 16 rows of partial sums, two barriers a stage. Limits: those of
-// linear_tile_kernel; clusters of 1, 2, 3, 4, 6 or 8.
+// linear_tile_kernel; clusters of 1, 2, 3, 4, 6 or 8. weights_first: the kernel ahead wrote none of
+// the weights.
 template <typename T, int kN>
 __global__ void __launch_bounds__(kTileThreads, 1)
-    linear_split_kernel(const __grid_constant__ LinearTileParams<T> p, int k_per_rank) {
+    linear_split_kernel(const __grid_constant__ LinearTileParams<T> p, int k_per_rank,
+                        bool weights_first) {
 #if EET_HAS_WARPGROUP_PRODUCTS
   using Tile = SplitTile<kN>;
   extern __shared__ __align__(kBoxAlignment) unsigned char shared[];
@@ -72,8 +74,9 @@ __global__ void __launch_bounds__(kTileThreads, 1)
                  full + 8 * stage);
       };
       const int first = min(k_blocks, Tile::kStages);
+      if (!weights_first) wait_for_predecessor();
       for (int block = 0; block < first; ++block) bring_weight(block, block);
-      wait_for_predecessor();
+      if (weights_first) wait_for_predecessor();
       for (int block = 0; block < first; ++block) bring_input(block, block);
       int stage = 0;
       uint32_t parity = 0;

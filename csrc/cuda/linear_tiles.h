@@ -39,7 +39,7 @@ cudaError_t launch_linear_split(const LinearArgs& args, int columns, int ranks, 
                                 cudaStream_t stream);
 
 template <typename T>
-cudaError_t launch_linear_tiles(const LinearArgs& args, int shape, TilePair pair, bool chained,
+cudaError_t launch_linear_tiles(const LinearArgs& args, int shape, TilePair pair,
                                 cudaStream_t stream);
 
 }  // namespace eet_patch::cuda

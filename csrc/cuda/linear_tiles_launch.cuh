@@ -10,7 +10,7 @@ namespace eet_patch::cuda {
 
 template <typename T, int kShape>
 cudaError_t launch_tile_shape(LinearTileParams<T> p, const LinearArgs& args, TilePair pair,
-                              bool chained, cudaStream_t stream) {
+                              cudaStream_t stream) {
   constexpr TileShape kTile = kTileShapes[kShape];
   using Tile = LinearTile<kTile.halves, kTile.columns, kTile.together>;
   const int multiprocessors = std::max(1, device_attribute(cudaDevAttrMultiProcessorCount));
@@ -33,7 +33,7 @@ cudaError_t launch_tile_shape(LinearTileParams<T> p, const LinearArgs& args, Til
   if (error != cudaSuccess) return error;
   LaunchConfig config;
   config.stream = stream;
-  config.chained = chained;
+  config.chained = true;  // it waits for the kernel ahead before it reads or writes anything
   config.grid =
       dim3(static_cast<unsigned>(std::min<int64_t>(groups, multiprocessors / ranks) * ranks));
   config.block = dim3(kTileThreads);
@@ -44,12 +44,11 @@ cudaError_t launch_tile_shape(LinearTileParams<T> p, const LinearArgs& args, Til
 
 template <typename T, int... kShapes>
 cudaError_t launch_one_of(const LinearTileParams<T>& p, const LinearArgs& args, int shape,
-                          TilePair pair, bool chained, cudaStream_t stream,
+                          TilePair pair, cudaStream_t stream,
                           std::integer_sequence<int, kShapes...>) {
-  using Launch =
-      cudaError_t (*)(LinearTileParams<T>, const LinearArgs&, TilePair, bool, cudaStream_t);
+  using Launch = cudaError_t (*)(LinearTileParams<T>, const LinearArgs&, TilePair, cudaStream_t);
   constexpr Launch kLaunches[] = {launch_tile_shape<T, kShapes>...};
-  return kLaunches[shape](p, args, pair, chained, stream);
+  return kLaunches[shape](p, args, pair, stream);
 }
 
 template <typename T>
@@ -68,15 +67,15 @@ LinearTileParams<T> tile_params(const LinearArgs& args) {
 }
 
 template <typename T>
-cudaError_t launch_linear_tiles(const LinearArgs& args, int shape, TilePair pair, bool chained,
+cudaError_t launch_linear_tiles(const LinearArgs& args, int shape, TilePair pair,
                                 cudaStream_t stream) {
-  return launch_one_of<T>(tile_params<T>(args), args, shape, pair, chained, stream,
+  return launch_one_of<T>(tile_params<T>(args), args, shape, pair, stream,
                           std::make_integer_sequence<int, kNumTileShapes>());
 }
 
 template <typename T, int kN>
 cudaError_t launch_split_columns(LinearTileParams<T> p, const LinearArgs& args, int ranks,
-                                 const LaunchConfig& given) {
+                                 bool chained, cudaStream_t stream) {
   using Tile = SplitTile<kN>;
   p.row_blocks = static_cast<int>(ceil_div(args.rows, Tile::kRows));
   p.column_blocks = static_cast<int>(ceil_div(args.out_features, kN));
@@ -86,24 +85,23 @@ cudaError_t launch_split_columns(LinearTileParams<T> p, const LinearArgs& args, 
   for (int i = 0; i < p.num_weights && error == cudaSuccess; ++i)
     error = make_tensor_map(p.weight + i, args.weight[i], args.out_features, args.in_features, kN);
   if (error != cudaSuccess) return error;
-  LaunchConfig config = given;
+  LaunchConfig config;
+  config.stream = stream;
+  config.chained = true;
   config.grid = dim3(static_cast<unsigned>(p.row_blocks * p.column_blocks * p.num_weights * ranks));
   config.block = dim3(kTileThreads);
   config.shared_bytes = Tile::kSharedBytes;
   config.cluster_size = ranks;
-  return launch(config, linear_split_kernel<T, kN>, p, k_per_rank);
+  return launch(config, linear_split_kernel<T, kN>, p, k_per_rank, chained);
 }
 
 template <typename T>
 cudaError_t launch_linear_split(const LinearArgs& args, int columns, int ranks, bool chained,
                                 cudaStream_t stream) {
   const LinearTileParams<T> p = tile_params<T>(args);
-  LaunchConfig config;
-  config.stream = stream;
-  config.chained = chained;
-  if (columns == 32) return launch_split_columns<T, 32>(p, args, ranks, config);
-  if (columns == 64) return launch_split_columns<T, 64>(p, args, ranks, config);
-  return launch_split_columns<T, 96>(p, args, ranks, config);
+  if (columns == 32) return launch_split_columns<T, 32>(p, args, ranks, chained, stream);
+  if (columns == 64) return launch_split_columns<T, 64>(p, args, ranks, chained, stream);
+  return launch_split_columns<T, 96>(p, args, ranks, chained, stream);
 }
 
 }  // namespace eet_patch::cuda
