@@ -106,6 +106,16 @@ struct LinearArgs {
 };
 constexpr int64_t kMaxSkinnyRows = 64;
 
+// The same for any number of rows: on CUDA by the tensor cores of sm_90a, for fp16 and bf16, no LN,
+// not in_out, activation or residual but not both; in_features, input_stride (= in_features),
+// out_features and out_stride multiples of 8, and 16-byte aligned addresses. All else is
+// kUnsupported there.
+struct LinearTilesArgs {
+  LinearArgs product;
+  int tile;      // CUDA: a size of tile and who shares what (linear_tiles.h)
+  bool chained;  // CUDA: the kernel ahead on the stream wrote no weights: they may be read early
+};
+
 // out = softmax(scale * query @ key^T + mask) @ value, per (batch, head).
 // Padded form: cu_seqlens null, every batch row has q_len queries and kv_len keys. Packed form:
 // cu_seqlens holds batch + 1 token offsets into one (total, heads, head_dim) array; strides.batch
@@ -445,6 +455,7 @@ struct GatherRowsArgs {
   Status bias_residual_layernorm(const BiasResidualLayerNormArgs& args, const Context& context); \
   Status bias_activation(const BiasActivationArgs& args, const Context& context);                \
   Status linear(const LinearArgs& args, const Context& context);                                 \
+  Status linear_tiles(const LinearTilesArgs& args, const Context& context);                      \
   Status attention(const AttentionArgs& args, const Context& context);                           \
   Status attention_block(const AttentionBlockArgs& args, const Context& context);                \
   Status ffn(const FfnArgs& args, const Context& context);                                       \

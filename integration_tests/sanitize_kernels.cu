@@ -12,6 +12,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/linear_tiles.h"
 #include "ops.h"
 
 namespace eet_patch {
@@ -208,6 +209,32 @@ void run_linear(DType dtype, int64_t rows, int64_t in_size, int64_t out_size, bo
   args.norm_eps = kEps;
   args.dtype = dtype;
   call("linear", cuda::linear, args);
+}
+
+void run_linear_tiles(DType dtype, int64_t rows, int64_t in_size, int64_t out_size, int tile) {
+  Operands memory(dtype);
+  LinearTilesArgs args = {};
+  args.tile = tile;
+  LinearArgs& product = args.product;
+  product.num_weights = rows % 2 == 0 ? 3 : 1;
+  product.out_features = out_size;
+  product.out_stride = product.num_weights * out_size;
+  product.out = memory.elements(rows * product.out_stride);
+  product.input = memory.elements(rows * in_size);
+  for (int i = 0; i < product.num_weights; ++i) {
+    product.weight[i] = memory.elements(in_size * out_size);
+    product.bias[i] = memory.elements(out_size);
+  }
+  product.rows = rows;
+  product.in_features = product.input_stride = in_size;
+  product.dtype = dtype;
+  for (Activation activation : {Activation::kNone, Activation::kGeluErf, Activation::kSilu}) {
+    product.activation = activation;
+    call("linear_tiles", cuda::linear_tiles, args);
+  }
+  product.activation = Activation::kNone;
+  product.residual = memory.elements(rows * product.out_stride);
+  call("linear_tiles", cuda::linear_tiles, args);
 }
 
 void call_attention(AttentionArgs args, DType dtype, Operands& memory) {
@@ -618,6 +645,20 @@ void run_walking_linear(bool small) {
   }
 }
 
+void run_all_linear_tiles(bool small) {
+  int device = 0, major = 0, minor = 0;
+  require(cudaGetDevice(&device), "cudaGetDevice");
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (major != 9 || minor != 0) return;
+  for (DType dtype : {DType::kFloat16, DType::kBFloat16})
+    for (int tile = 0; tile < cuda::kNumTiles + cuda::kNumSplits; ++tile) {
+      run_linear_tiles(dtype, 77, 72, 200, tile);
+      run_linear_tiles(dtype, 300, 392, 328, tile);
+      if (!small) run_linear_tiles(dtype, 1000, 1032, 776, tile);
+    }
+}
+
 void run_all_attention(DType dtype, bool small) {
   constexpr int64_t kLengths[][2] = {{70, 70}, {1, 70}, {1, 300}, {5, 33}};
   for (int64_t head_dim : {1, 17, 40, 64, 80, 96, 128, 160, 256}) {
@@ -658,6 +699,9 @@ int main(int argc, char** argv) {
     run_all_attention(dtype, small);
     run_all_blocks(dtype);
   }
-  if (!only_generation) run_walking_linear(small);
+  if (!only_generation) {
+    run_walking_linear(small);
+    run_all_linear_tiles(small);
+  }
   return summarize();
 }
