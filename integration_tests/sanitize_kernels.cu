@@ -697,9 +697,9 @@ void run_all_attention(DType dtype, bool small) {
       run_attention(dtype, head_dim, q_len, kv_len, MaskCase::kBoolKeepAndPadding);
     }
     for (bool causal : {false, true}) run_packed_attention(dtype, head_dim, causal);
-    if (dtype != DType::kFloat32 && (head_dim == 64 || head_dim == 128))
-      run_packed_tiles(dtype, head_dim);
   }
+  if (dtype == DType::kFloat32) return;
+  for (int64_t head_dim : {32, 64, 128}) run_packed_tiles(dtype, head_dim);
 }
 
 void run_all_blocks(DType dtype) {
