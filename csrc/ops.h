@@ -137,6 +137,7 @@ struct AttentionArgs {
   void* workspace;  // CUDA: attention_workspace_bytes(args) bytes of scratch for split-KV decoding;
                     // CPU: unused
   int64_t workspace_bytes;
+  int64_t total_tokens;  // packed: tokens of query, key and value; 0: not known
 };
 
 // One attention block: norm placement, q/k/v projections, K and V written to the cache at

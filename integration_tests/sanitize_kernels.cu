@@ -282,6 +282,32 @@ void run_packed_attention(DType dtype, int64_t head_dim, bool causal) {
   call_attention(args, dtype, memory);
 }
 
+// More tiles than stages hold, on a GPU that multiplies by warpgroups: the views of a stacked
+// product, whose arrays end with the last sequence.
+void run_packed_tiles(DType dtype, int64_t head_dim) {
+  Operands memory(dtype);
+  constexpr int64_t kTokens = 5 + 450 + 128;
+  const int64_t width = kHeads * head_dim;
+  char* stacked = static_cast<char*>(memory.elements(kTokens * 3 * width));
+  const HeadStrides strides = {0, head_dim, 3 * width};
+  AttentionArgs args = {memory.elements(kTokens * width), stacked, stacked + 2 * width,
+                        stacked + 4 * width};
+  args.out_strides = {0, head_dim, width};
+  args.query_strides = args.key_strides = args.value_strides = strides;
+  args.cu_seqlens = memory.integers({0, 5, 455, kTokens, kTokens});
+  args.batch = 4;
+  args.head_dim = head_dim;
+  args.total_tokens = kTokens;
+  for (const int64_t longest : {450, 512}) {
+    args.q_len = args.kv_len = longest;
+    call_attention(args, dtype, memory);
+  }
+  args.cu_seqlens = memory.integers({0, 5, 5, 133});
+  args.batch = 3;
+  args.q_len = args.kv_len = 128;
+  call_attention(args, dtype, memory);
+}
+
 // What the two composites have in common.
 template <typename Args>
 Args block_args(DType dtype, int64_t rows, int64_t size, bool in_out, NormPlacement norm,
@@ -672,6 +698,8 @@ void run_all_attention(DType dtype, bool small) {
     }
     for (bool causal : {false, true}) run_packed_attention(dtype, head_dim, causal);
   }
+  if (dtype == DType::kFloat32) return;
+  for (int64_t head_dim : {32, 64, 128}) run_packed_tiles(dtype, head_dim);
 }
 
 void run_all_blocks(DType dtype) {
