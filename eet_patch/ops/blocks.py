@@ -200,10 +200,10 @@ def project_out(
             product = linear_tiles(
                 flat, (weight,), (bias,), tile, residual=residual, chained=chained
             )
-            return layernorm(product, norm, product if out is None else out)
+            return layernorm(product, norm, product if out is None else out, chained=True)
         product = torch_linear(flat, weight, None, in_out)
         out = product if out is None else out
-        return bias_residual_layernorm(product, bias, residual, norm, out)
+        return bias_residual_layernorm(product, bias, residual, norm, out, chained=True)
     if uses_our_products(flat, flat.shape[0]):
         return linear(flat, (weight,), (bias,), in_out, residual=residual)
     tile = tile_for(flat, (weight,), (bias,), in_out, residual=residual)
