@@ -116,6 +116,7 @@ void run_row_ops(DType dtype, int64_t rows, int64_t size) {
   sum_norm.hidden_size = size;
   sum_norm.eps = kEps;
   sum_norm.dtype = dtype;
+  sum_norm.chained = true;
   call("bias_residual_layernorm", cuda::bias_residual_layernorm, sum_norm);
   const BiasActivationArgs activation = {
       matrix(), matrix(), vector(), rows, size, Activation::kGeluErf, dtype};
@@ -144,6 +145,7 @@ void run_embedding(DType dtype, int64_t rows, int64_t size) {
   std::vector<int32_t> tokens(rows, -1);
   for (int64_t row = 0; row < rows; row += 2) tokens[row] = static_cast<int32_t>(rows - 1 - row);
   args.tokens = memory.values(tokens);
+  args.chained = true;
   call("embedding", cuda::embedding, args);
 }
 
@@ -649,6 +651,7 @@ void run_all_row_ops(DType dtype, bool small) {
     run_pack_tokens(dtype, 1, seq_len);
     run_pack_tokens(dtype, 300, small ? 1 : seq_len);
   }
+  run_pack_tokens(dtype, 9, 1000);  // more than one block takes
 }
 
 void run_all_linear(DType dtype, bool small) {
