@@ -51,7 +51,7 @@ def call_reason(layer: nn.Module, cls: type, operand: Any, arguments: dict[str, 
         return "autocast is on"
     if torch.jit.is_tracing():
         return "the call is being traced"
-    if _dispatch_modes() or _functorch_level() is not None:
+    if is_transformed():
         return "a torch dispatch mode or function transform is active"
     if torch.is_grad_enabled() and needs_gradients(layer, arguments):
         return "gradients are needed"
@@ -63,6 +63,11 @@ def call_reason(layer: nn.Module, cls: type, operand: Any, arguments: dict[str, 
     ):
         return "hooks on all modules are registered"
     return None
+
+
+def is_transformed() -> bool:
+    """Whether tensors may be other than what they seem to be."""
+    return bool(_dispatch_modes()) or _functorch_level() is not None
 
 
 def needs_gradients(layer: nn.Module, arguments: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ embedded and go through the layers. The host's own pooler runs over the result.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from eet_patch import patching
 from eet_patch.adapters import bert_encoder
 from eet_patch.adapters.encoder import Encoder, Encoders
 from eet_patch.adapters.host import (
@@ -22,8 +24,10 @@ from eet_patch.adapters.host import (
     recorder,
     version_before,
 )
-from eet_patch.encoding.packed import Batch
+from eet_patch.encoding.packed import Ahead, Batch, EncoderLayer, launch_ahead
 from eet_patch.gates import (
+    Watch,
+    is_transformed,
     note_sound,
     parameter_reason,
     submodule_reason,
@@ -31,7 +35,6 @@ from eet_patch.gates import (
 )
 from eet_patch.ops._extension import NO_MASK
 from eet_patch.ops.elementwise import launch_embedding
-from eet_patch.ops.launch import Mask
 from eet_patch.ops.packing import Lookup, lookup_tables, padding_mask_form
 from eet_patch.patching import Adapter
 
@@ -46,7 +49,6 @@ TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 class Plan(NamedTuple):
     encoder: Encoder
-    mask: Mask
     tables: tuple[int | float, ...]
 
 
@@ -56,6 +58,35 @@ class Notes(NamedTuple):
     config: Any
     return_dict: bool
     tables: tuple[int | float, ...]  # as `Lookup` has them
+
+
+class Warm(NamedTuple):
+    """A model on CUDA whose last call went through: what the next one may be launched by before it
+    is looked at.
+    """
+
+    model: weakref.ref[Any]
+    watch: Watch  # of its embeddings
+    owner: weakref.ref[Any]
+    layers: tuple[EncoderLayer, ...]
+
+
+_warm: dict[int, Warm] = {}
+patching.at_disable(_warm.clear)
+
+
+def _note_warm(model: Any, encoder: Encoder, like: Tensor) -> None:
+    watch, number = watch_of(model._modules["embeddings"], like), id(model)
+    if watch is not None:
+        forget = partial(_forget_warm, number)
+        owner = weakref.ref(encoder.modules[0])
+        _warm[number] = Warm(weakref.ref(model, forget), watch, owner, encoder.layers)
+
+
+def _forget_warm(number: int, reference: Any) -> None:
+    warm = _warm.get(number)
+    if warm is not None and warm.model is reference:
+        del _warm[number]
 
 
 def _word_weight(model: Any, arguments: dict[str, Any]) -> Any:
@@ -104,20 +135,18 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         found = encoders.checked(stack, word_weight)
         if isinstance(found, str):
             return found
-        mask = arguments.get("attention_mask")
-        if mask is None:
-            return Plan(found, NO_MASK, notes.tables)
-        batch_size, seq_len = arguments["input_ids"].shape
-        sizes = (batch_size, found.layers[0].num_heads, seq_len, seq_len)
-        return Plan(found, padding_mask_form(mask, sizes, word_weight), notes.tables)
+        return Plan(found, notes.tables)
 
-    def forward(plan: Plan, model: Any, arguments: dict[str, Any]) -> Any:
-        input_ids = arguments["input_ids"]
+    def batch_of(
+        model: Any, arguments: dict[str, Any], num_heads: int, tables: tuple[int | float, ...]
+    ) -> Batch:
+        input_ids, mask = arguments["input_ids"], arguments.get("attention_mask")
         embeddings = model._modules["embeddings"]
         word_weight = _word_weight(model, arguments)
-        if before_5 and arguments.get("attention_mask") is None:
-            model.warn_if_padding_and_no_attention_mask(input_ids, None)
         batch_size, seq_len = input_ids.shape
+        form = NO_MASK
+        if mask is not None:
+            form = padding_mask_form(mask, (batch_size, num_heads, seq_len, seq_len), word_weight)
         positions = arguments.get("position_ids")
         if positions is None and positions_of is not None:
             positions = positions_of(input_ids, embeddings.padding_idx)
@@ -125,21 +154,50 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         if positions is None:  # those of the first tokens; slicing them takes longer than all this
             positions = embeddings._buffers["position_ids"]
         ids = (input_ids, positions, arguments.get("token_type_ids"))
-        batch = Batch(
+        return Batch(
             batch_size,
             seq_len,
             word_weight.shape[1],
             word_weight,
-            plan.mask,
+            form,
             partial(_embed, embeddings, ids, position_count),
-            lookup=Lookup(ids, position_count, plan.tables),
+            lookup=Lookup(ids, position_count, tables),
         )
-        hidden_states = encoders.run(plan.encoder, batch)
+
+    def ahead(model: Any, arguments: dict[str, Any]) -> Ahead | None:
+        """While the device packs and embeds, the host looks whether all of the model is as it was
+        in its last call; until then nothing is read but the tables, which are.
+        """
+        warm = _warm.get(id(model))
+        if warm is None or id(warm.model()) != id(model) or is_transformed():
+            return None
+        embeddings, word_weight = model._modules["embeddings"], _word_weight(model, arguments)
+        if watch_of(embeddings, word_weight) is not warm.watch:
+            return None
+        if _ids_reason(embeddings, arguments, word_weight) or not warm.watch.parameters_stay(0):
+            return None
+        batch = batch_of(model, arguments, warm.layers[0].num_heads, warm.watch.notes.tables)
+        forget = partial(_warm.pop, id(model), None)
+        return launch_ahead(warm.owner(), warm.layers, batch, forget)
+
+    def forward(
+        plan: Plan, model: Any, arguments: dict[str, Any], ahead: Ahead | None = None
+    ) -> Any:
+        if before_5 and arguments.get("attention_mask") is None:
+            model.warn_if_padding_and_no_attention_mask(arguments["input_ids"], None)
+        # Not by tables of other parameters than the call was found to have.
+        if ahead is not None and ahead.tables is plan.tables:
+            batch = ahead.batch
+        else:
+            batch = batch_of(model, arguments, plan.encoder.layers[0].num_heads, plan.tables)
+        hidden_states = encoders.run(plan.encoder, batch, None, ahead)
+        if ahead is None and plan.encoder.unconfirmed is not None:
+            _note_warm(model, plan.encoder, batch.like)
         pooler = model.pooler  # no module where there is none
         pooled = pooler(hidden_states) if pooler is not None else None
         return make_output(last_hidden_state=hidden_states, pooler_output=pooled)
 
-    return Adapter(plan, forward, operand=_word_weight)
+    return Adapter(plan, forward, operand=_word_weight, ahead=ahead)
 
 
 def _config_reason(config: Any) -> str | None:

@@ -24,7 +24,7 @@ from eet_patch.adapters.host import (
     recorder,
     version_before,
 )
-from eet_patch.encoding.packed import Batch, EncoderLayer, encode, head_tensors
+from eet_patch.encoding.packed import Ahead, Batch, EncoderLayer, encode, head_tensors
 from eet_patch.gates import Watch, forget, note_sound, submodule_reason, watch_of
 from eet_patch.ops.packing import launch_gather_rows
 from eet_patch.patching import Adapter, Withdrawn
@@ -135,11 +135,13 @@ class Encoders:
                 return reason
         return None
 
-    def run(self, encoder: Encoder, batch: Batch, visit: Any = None) -> Tensor:
+    def run(
+        self, encoder: Encoder, batch: Batch, visit: Any = None, ahead: Ahead | None = None
+    ) -> Tensor:
         """The last layer's output as a padded batch; raises `Withdrawn` where the original must
         run.
         """
-        out = self._run(encoder, batch, visit)
+        out = self._run(encoder, batch, visit, ahead)
         if isinstance(out, str) and out == CHANGED:
             forget(encoder.module)
             again = self.checked(encoder.module, batch.like)
@@ -148,7 +150,9 @@ class Encoders:
             raise Withdrawn(out)
         return out
 
-    def _run(self, encoder: Encoder, batch: Batch, visit: Any) -> Tensor | str:
+    def _run(
+        self, encoder: Encoder, batch: Batch, visit: Any, ahead: Ahead | None = None
+    ) -> Tensor | str:
         """The output, or why not; CHANGED if what was noted of the modules no longer holds."""
         watch, ready = encoder.unconfirmed, None
         if watch is not None:
@@ -158,7 +162,8 @@ class Encoders:
                     return reason
             ready = watch.parameters_stay
         keep_padding = patching.keeps_padding()
-        out = encode(encoder.modules[0], encoder.layers, batch, keep_padding, visit, ready)
+        owner = encoder.modules[0]
+        out = encode(owner, encoder.layers, batch, keep_padding, visit, ready, ahead)
         if out is None:
             return CHANGED
         if watch is not None:

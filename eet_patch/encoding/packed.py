@@ -173,6 +173,7 @@ def encode(
     keep_padding: bool,
     visit: Visit | None = None,
     ready: Callable[[int], bool] | None = None,
+    ahead: Ahead | None = None,
 ) -> Tensor | str | None:
     """The last layer's output, (batch_size, seq_len, hidden_size), or why the layers must be run
     over the padding too; None if `ready(0)` or `ready(1)` says no: asked before the device is sent
@@ -186,7 +187,7 @@ def encode(
     if batch.like.device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return CAPTURED
-        return _encode_on_cuda(owner, layers, batch, keep_padding, visit, ready)
+        return _encode_on_cuda(owner, layers, batch, keep_padding, visit, ready, ahead)
     sizes = (batch.batch_size, batch.seq_len)
     padded_rows = batch.batch_size * batch.seq_len
     found = packing.launch_pack_tokens(
@@ -248,6 +249,69 @@ def _visited(
     return before
 
 
+class Launched(NamedTuple):
+    """What of a call on CUDA stands before its layers: packing, and the first layer's input where a
+    step has a buffer for all rows.
+    """
+
+    step: pool.Step | None
+    max_batch: int
+    answer: pool.Answer
+    starts: packing.Starts
+    places: packing.Places
+    hidden_states: Tensor | None
+
+
+class Ahead:
+    """A batch that the device works on already, while the host still looks whether it may: `taken`
+    by `encode`, or released.
+    """
+
+    __slots__ = ("_launched", "batch", "forget", "layers")
+
+    def __init__(
+        self, launched: Launched, layers: object, batch: Batch, forget: Callable[[], object]
+    ) -> None:
+        self._launched: Launched | None = launched
+        self.layers, self.batch, self.forget = layers, batch, forget
+
+    @property
+    def tables(self) -> object:
+        lookup = self.batch.lookup
+        return None if lookup is None else lookup.tables
+
+    def taken(self, layers: object, batch: Batch) -> Launched | None:
+        launched = self._launched
+        if launched is None or self.layers is not layers or self.batch is not batch:
+            return None
+        self._launched = None
+        return launched
+
+    def release(self) -> None:
+        launched, self._launched = self._launched, None
+        if launched is not None and launched.step is not None:
+            pool.give_back(launched.step)
+
+
+def launch_ahead(
+    owner: object, layers: tuple[EncoderLayer, ...], batch: Batch, forget: Callable[[], object]
+) -> Ahead | None:
+    """On CUDA, packs and embeds a batch in a step of `owner`, if one is free; `forget` is for
+    whoever finds that it should not have been.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    max_batch = _power_of_two(batch.batch_size, 1)
+    step = pool.borrow(owner, layers, batch.like, batch.hidden_size, max_batch)
+    if step is None:
+        return None
+    try:
+        return Ahead(_launched(step, max_batch, layers, batch, None), layers, batch, forget)
+    except BaseException:
+        pool.give_back(step)
+        raise
+
+
 def _encode_on_cuda(
     owner: object,
     layers: tuple[EncoderLayer, ...],
@@ -255,25 +319,32 @@ def _encode_on_cuda(
     keep_padding: bool,
     visit: Visit | None,
     ready: Callable[[int], bool] | None,
+    ahead: Ahead | None = None,
 ) -> Tensor | str | None:
-    max_batch = _power_of_two(batch.batch_size, 1)
-    step = pool.borrow(owner, layers, batch.like, batch.hidden_size, max_batch)
+    launched = None if ahead is None else ahead.taken(layers, batch)
+    if launched is not None:
+        step = launched.step
+    else:
+        if ahead is not None:
+            ahead.release()
+        max_batch = _power_of_two(batch.batch_size, 1)
+        step = pool.borrow(owner, layers, batch.like, batch.hidden_size, max_batch)
     try:
-        return _encode_by(step, max_batch, layers, batch, keep_padding, visit, ready)
+        if launched is None:
+            launched = _launched(step, max_batch, layers, batch, visit)
+        return _encode_by(launched, layers, batch, keep_padding, visit, ready)
     finally:
         if step is not None:
             pool.give_back(step)
 
 
-def _encode_by(
+def _launched(
     step: pool.Step | None,
     max_batch: int,
     layers: tuple[EncoderLayer, ...],
     batch: Batch,
-    keep_padding: bool,
     visit: Visit | None,
-    ready: Callable[[int], bool] | None,
-) -> Tensor | str | None:
+) -> Launched:
     padded_rows = batch.batch_size * batch.seq_len
     capacity = rounded_rows(padded_rows)
     device = batch.like.device
@@ -313,6 +384,19 @@ def _encode_by(
         )
         if hidden_states is not None:
             batch.embed(places.tokens, hidden_states)
+    return Launched(step, max_batch, answer, starts, places, hidden_states)
+
+
+def _encode_by(
+    launched: Launched,
+    layers: tuple[EncoderLayer, ...],
+    batch: Batch,
+    keep_padding: bool,
+    visit: Visit | None,
+    ready: Callable[[int], bool] | None,
+) -> Tensor | str | None:
+    step, max_batch, answer, starts, places, hidden_states = launched
+    padded_rows = batch.batch_size * batch.seq_len
     # From here on the device may be waiting for the host: what can be known is known before it
     # answers.
     settings = pool.settings()
@@ -334,7 +418,7 @@ def _encode_by(
         return _laid_out(packed, places.rows, batch)
 
     shape = Shape(rounded_rows(rows), max_batch, _power_of_two(longest, 64))
-    if rows == padded_rows == capacity and known and batch.seq_len >= MIN_ALIKE_LEN:
+    if rows == padded_rows == rounded_rows(rows) and known and batch.seq_len >= MIN_ALIKE_LEN:
         shape = shape._replace(num_alike=batch.batch_size)
     if hidden_states is None and step is not None and visit is None and rows:
         hidden_states = step.buffer(shape.rows)
