@@ -103,8 +103,8 @@ void linear(Address out, Address input, const AddressTriple& weights, const Addr
 
 void linear_tiles(Address out, Address input, const AddressTriple& weights,
                   const AddressTriple& biases, Address residual, int64_t rows, int64_t in_features,
-                  int64_t out_features, int num_weights, int activation, int tile, int dtype,
-                  int device, Address stream, int num_threads) {
+                  int64_t out_features, int num_weights, int activation, int tile, bool chained,
+                  int dtype, int device, Address stream, int num_threads) {
   LinearTilesArgs args{};
   args.product.out = ptr(out);
   args.product.input = ptr(input);
@@ -119,6 +119,7 @@ void linear_tiles(Address out, Address input, const AddressTriple& weights,
   args.product.activation = static_cast<Activation>(activation);
   args.product.dtype = static_cast<DType>(dtype);
   args.tile = tile;
+  args.chained = chained;
   EET_RUN(linear_tiles);
 }
 
@@ -379,7 +380,8 @@ PYBIND11_MODULE(_C, m) {
         A(norm_bias), A(rows), A(in_features), A(out_features), A(input_stride), A(out_stride),
         A(num_weights), A(in_out), A(activation), A(norm_eps), EET_TAIL);
   m.def("linear_tiles", &ep::linear_tiles, A(out), A(input), A(weights), A(biases), A(residual),
-        A(rows), A(in_features), A(out_features), A(num_weights), A(activation), A(tile), EET_TAIL);
+        A(rows), A(in_features), A(out_features), A(num_weights), A(activation), A(tile),
+        A(chained), EET_TAIL);
   m.def("attention", &ep::attention, A(out), A(query), A(key), A(value), A(out_strides),
         A(query_strides), A(key_strides), A(value_strides), A(mask), A(cu_seqlens), A(kv_start),
         A(batch), A(num_heads), A(num_kv_heads), A(head_dim), A(q_len), A(kv_len), A(causal),

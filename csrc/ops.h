@@ -109,7 +109,8 @@ constexpr int64_t kMaxSkinnyRows = 64;
 // kUnsupported there.
 struct LinearTilesArgs {
   LinearArgs product;
-  int tile;  // CUDA: a size of tile and what pairs of blocks share (linear_tiles.h), < 0: chosen
+  int tile;      // CUDA: a size of tile and who shares what (linear_tiles.h)
+  bool chained;  // CUDA: the kernel ahead on the stream wrote no weights: they may be read early
 };
 
 // out = softmax(scale * query @ key^T + mask) @ value, per (batch, head).

@@ -68,9 +68,10 @@ __device__ __forceinline__ void give_registers() {
 template <typename T, int kN>
 struct WarpgroupProduct;
 
-#define EET_REGISTERS_32                                                                       \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define EET_REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define EET_REGISTERS_32 \
+  EET_REGISTERS_16       \
+      ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define EET_REGISTERS_48 \
   EET_REGISTERS_32       \
   ", "                   \
@@ -103,7 +104,8 @@ struct WarpgroupProduct;
 #define EET_SUMS_8(i)                                                                            \
   "+f"(sums[i + 0]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), \
       "+f"(sums[i + 5]), "+f"(sums[i + 6]), "+f"(sums[i + 7])
-#define EET_SUMS_32 EET_SUMS_8(0), EET_SUMS_8(8), EET_SUMS_8(16), EET_SUMS_8(24)
+#define EET_SUMS_16 EET_SUMS_8(0), EET_SUMS_8(8)
+#define EET_SUMS_32 EET_SUMS_16, EET_SUMS_8(16), EET_SUMS_8(24)
 #define EET_SUMS_48 EET_SUMS_32, EET_SUMS_8(32), EET_SUMS_8(40)
 #define EET_SUMS_56 EET_SUMS_48, EET_SUMS_8(48)
 #define EET_SUMS_64 EET_SUMS_56, EET_SUMS_8(56)
@@ -141,6 +143,7 @@ struct WarpgroupProduct;
     }                                                                                        \
   };
 
+EET_DEFINE_PRODUCT(32, 16, 16, 17, 18)
 EET_DEFINE_PRODUCT(64, 32, 32, 33, 34)
 EET_DEFINE_PRODUCT(96, 48, 48, 49, 50)
 EET_DEFINE_PRODUCT(112, 56, 56, 57, 58)
@@ -153,6 +156,7 @@ EET_DEFINE_PRODUCT(256, 128, 128, 129, 130)
 #undef EET_DEFINE_PRODUCT
 #undef EET_PRODUCT
 #undef EET_SUMS_8
+#undef EET_SUMS_16
 #undef EET_SUMS_32
 #undef EET_SUMS_48
 #undef EET_SUMS_56
@@ -161,6 +165,7 @@ EET_DEFINE_PRODUCT(256, 128, 128, 129, 130)
 #undef EET_SUMS_96
 #undef EET_SUMS_104
 #undef EET_SUMS_128
+#undef EET_REGISTERS_16
 #undef EET_REGISTERS_32
 #undef EET_REGISTERS_48
 #undef EET_REGISTERS_56

@@ -1,6 +1,4 @@
-// Products of many rows: which they are, and by which tiles.
-#include <algorithm>
-
+// Products of many rows: which of them there are kernels for, and their launch.
 #include "common/launch.cuh"
 #include "common/vector.cuh"
 #include "cuda/linear_tiles.h"
@@ -30,34 +28,27 @@ bool is_supported(const LinearArgs& args) {
   return aligned && has_warpgroup_products();
 }
 
-// The tile that fills the multiprocessors most evenly.
-int choose_tile(const LinearArgs& args) {
-  const int multiprocessors = std::max(1, device_attribute(cudaDevAttrMultiProcessorCount));
-  int best = 0;
-  int64_t least = INT64_MAX;
-  for (int shape = 0; shape < kNumTileShapes; ++shape) {
-    const TileShape& tile = kTileShapes[shape];
-    const int64_t tiles = ceil_div(args.rows, tile.rows()) *
-                          ceil_div(args.out_features, tile.columns) * args.num_weights;
-    const int64_t cost = ceil_div(tiles, multiprocessors) * tile.rows() * tile.columns;
-    if (cost < least) least = cost, best = shape;
-  }
-  return best;
-}
-
 }  // namespace
 
 Status linear_tiles(const LinearTilesArgs& args, const Context& context) {
   const LinearArgs& product = args.product;
-  if (!is_supported(product) || args.tile >= kNumTiles) return Status{Status::kUnsupported};
+  if (!is_supported(product) || args.tile < 0 || args.tile >= kNumTiles + kNumSplits)
+    return Status{Status::kUnsupported};
   if (product.rows == 0 || product.out_features == 0) return Status{};
-  const int tile = args.tile < 0 ? choose_tile(product) : args.tile;
+  const int tile = args.tile;
+  const cudaStream_t stream = stream_of(context);
+  const bool half = product.dtype == DType::kFloat16;
+  if (tile >= kNumTiles) {
+    const int columns = kSplitColumns[(tile - kNumTiles) / kNumSplitRanks];
+    const int ranks = kSplitRanks[(tile - kNumTiles) % kNumSplitRanks];
+    return to_status(
+        half ? launch_linear_split<__half>(product, columns, ranks, args.chained, stream)
+             : launch_linear_split<__nv_bfloat16>(product, columns, ranks, args.chained, stream));
+  }
   const int shape = tile % kNumTileShapes;
   const TilePair pair = static_cast<TilePair>(tile / kNumTileShapes);
-  return to_status(
-      product.dtype == DType::kFloat16
-          ? launch_linear_tiles<__half>(product, shape, pair, stream_of(context))
-          : launch_linear_tiles<__nv_bfloat16>(product, shape, pair, stream_of(context)));
+  return to_status(half ? launch_linear_tiles<__half>(product, shape, pair, stream)
+                        : launch_linear_tiles<__nv_bfloat16>(product, shape, pair, stream));
 }
 
 }  // namespace eet_patch::cuda

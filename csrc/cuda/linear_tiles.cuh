@@ -13,7 +13,7 @@
 #include "common/activation.cuh"
 #include "common/bulk_copy.cuh"
 #include "common/launch.cuh"
-#include "common/reduce.cuh"
+#include "common/mma.cuh"
 #include "common/vector.cuh"
 #include "common/wgmma.cuh"
 #include "cuda/linear_tiles.h"
@@ -106,15 +106,6 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t 
                : "memory");
 #endif
 }
-__device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&r)[4]) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-#endif
-}
-
 // The thread that brings tiles: of stage s it waits for `empty`, and the copies count at `full`.
 template <typename T, typename Tile>
 __device__ void bring_tiles(const LinearTileParams<T>& p, const TileWalk<T>& walk, uint32_t stages,
@@ -155,15 +146,41 @@ __device__ void bring_tiles(const LinearTileParams<T>& p, const TileWalk<T>& wal
   }
 }
 
+// Turns of the two warpgroups. A parity tells a phase of a barrier from the one before it only, so
+// that a warpgroup must not wait for stages before all earlier ones have come.
+__device__ __forceinline__ void await_turn(int warpgroup) {
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + warpgroup), "n"(2 * kWarpgroupThreads) : "memory");
+}
+__device__ __forceinline__ void give_turn(int warpgroup) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(1 + warpgroup), "n"(2 * kWarpgroupThreads) : "memory");
+}
+
 enum class TileFinish { kLinear, kGelu, kOther };
 
+// Queues the copy of a warp's 16 rows of the residual to where its sums will pass by.
+template <typename T, int kN>
+__device__ __forceinline__ void fetch_rows(unsigned char* staging, const T* source, int64_t stride,
+                                           int rows, int columns) {
+  constexpr int kUnits = kN / kVectorSize<T>;
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll 2
+  for (int unit = lane; unit < 16 * kUnits; unit += kWarpSize) {
+    const int row = unit / kUnits, column = unit % kUnits;
+    copy_async_16(staging + row * LinearTile<1, kN, false>::kPitch + column * kVectorBytes,
+                  source + row * stride + column * kVectorSize<T>,
+                  row < rows && column * kVectorSize<T> < columns);
+  }
+  copy_async_commit();
+}
+
 // A warp's 16 rows of sums to memory: + bias, activation or residual, rounded once. `staging` is
-// the warp's own; behind its rows lies the bias. `columns` of the tile, which starts at `out`, are
-// stored, and `rows` of the 16. Eight values at a time, whose chains of instructions interleave.
+// the warp's own; there stands the residual if it `adds` one, and behind its rows the bias.
+// `columns` of the tile, which starts at `out`, are stored, and `rows` of the 16. Eight values at a
+// time, whose chains of instructions interleave.
 template <typename T, int kN, TileFinish kFinish>
 __device__ __forceinline__ void finish_rows(const float (&sums)[kN / 2], unsigned char* staging,
-                                            const T* residual, T* out, int64_t out_stride, int rows,
-                                            int columns, Activation activation) {
+                                            T* out, int64_t out_stride, int rows, int columns,
+                                            bool adds, Activation activation) {
   constexpr int kPitch = LinearTile<1, kN, false>::kPitch;
   constexpr int kUnits = kN / kVectorSize<T>;  // of 16 bytes, a row
   constexpr int kSteps = 16 * kUnits / kWarpSize;
@@ -172,16 +189,8 @@ __device__ __forceinline__ void finish_rows(const float (&sums)[kN / 2], unsigne
   // Lane l addresses row l % 8 of matrix l / 8: rows 0 to 7, 8 to 15, then the next 8 columns.
   const uint32_t matrix_address =
       shared_address(staging) + (lane % 16) * kPitch + (lane / 16) * kVectorBytes;
-  const bool adds = kFinish == TileFinish::kLinear && residual != nullptr;
-  if (adds) {
-#pragma unroll 2
-    for (int step = 0; step < kSteps; ++step) {
-      const int unit = step * kWarpSize + lane, row = unit / kUnits, column = unit % kUnits;
-      uint4 value = make_uint4(0, 0, 0, 0);
-      if (row < rows && column * kVectorSize<T> < columns)
-        value = load_input(residual + row * out_stride + column * kVectorSize<T>);
-      *reinterpret_cast<uint4*>(staging + row * kPitch + column * kVectorBytes) = value;
-    }
+  if (kFinish == TileFinish::kLinear && adds) {
+    copy_async_wait<0>();
     __syncwarp();
   }
 #pragma unroll
@@ -202,7 +211,7 @@ __device__ __forceinline__ void finish_rows(const float (&sums)[kN / 2], unsigne
 #pragma unroll
       for (int i = 0; i < 8; ++i) values[i] = activate_fast(values[i], activation);
     } else if (adds) {
-      load_matrices(matrix_address + j * 32, packed);
+      ldmatrix_x4(packed, matrix_address + j * 32);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 other = unpack2<T>(packed[i]);
@@ -275,6 +284,14 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       const int column_block = walk.column_block(index);
       const int which = min(column_block / p.column_blocks, p.num_weights - 1);
       const int column = (column_block - which * p.column_blocks) * kN;
+      const int columns = p.out_features - column;
+      const int row0 = walk.row_block(index) * Tile::kRows + rows_from + warp % 4 * 16;
+      const int64_t out_from = row0 * p.out_stride + int64_t(which) * p.out_features + column;
+      unsigned char* own = staging + warp * Tile::kWarpBytes;
+      const bool adds = p.residual != nullptr;
+      if (adds) {
+        fetch_rows<T, kN>(own, p.residual + out_from, p.out_stride, p.rows - row0, columns);
+      }
       uint4 bias = make_uint4(0, 0, 0, 0);
       if (p.bias[which] != nullptr && lane < kN / 8 && column + 8 * lane < p.out_features)
         bias = __ldg(reinterpret_cast<const uint4*>(p.bias[which] + column + 8 * lane));
@@ -282,8 +299,11 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       int stage = position % Tile::kStages;
       uint32_t parity = position / Tile::kStages % 2;
       int done = stage;  // the stage before, still being read
+      if (!kTogether && index != walk.group) await_turn(warpgroup);
       for (int block = 0; block < p.k_blocks; ++block) {
         barrier_wait(full + 8 * stage, parity);
+        if (!kTogether && block == p.k_blocks - 1 && index + walk.groups < walk.total)
+          give_turn(1 - warpgroup);
         const uint32_t tile = stages + stage * Tile::kStageBytes;
         const uint64_t input = tile_descriptor(tile + rows_from * kSwizzleBytes);
         const uint64_t weight = tile_descriptor(tile + Tile::kInputBytes);
@@ -324,30 +344,29 @@ __global__ void __launch_bounds__(kTileThreads, 1)
         }
       }
 
-      const int columns = p.out_features - column;
+      copy_async_wait<0>();  // also where nothing is stored, since the next tile's go to the same
+                             // place
       if (columns <= 0) continue;
-      const int row0 = walk.row_block(index) * Tile::kRows + rows_from + warp % 4 * 16;
-      const int64_t out_column = int64_t(which) * p.out_features + column;
-      unsigned char* own = staging + warp * Tile::kWarpBytes;
       if (lane < kN / 8)
         *reinterpret_cast<uint4*>(own + 16 * Tile::kPitch + lane * kVectorBytes) = bias;
       __syncwarp();
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        const int row = row0 + half * 64, rows = p.rows - row;
+        const int rows = p.rows - row0 - half * 64;
         if (rows <= 0) break;
-        T* out = p.out + row * p.out_stride + out_column;
+        const int64_t from = out_from + half * 64 * p.out_stride;
+        if (half != 0 && adds)
+          fetch_rows<T, kN>(own, p.residual + from, p.out_stride, rows, columns);
+        T* out = p.out + from;
         if (p.activation == Activation::kGeluErf) {
-          finish_rows<T, kN, TileFinish::kGelu>(sums[half], own, nullptr, out, p.out_stride, rows,
-                                                columns, p.activation);
+          finish_rows<T, kN, TileFinish::kGelu>(sums[half], own, out, p.out_stride, rows, columns,
+                                                false, p.activation);
         } else if (p.activation == Activation::kNone) {
-          const T* residual =
-              p.residual == nullptr ? nullptr : p.residual + row * p.out_stride + out_column;
-          finish_rows<T, kN, TileFinish::kLinear>(sums[half], own, residual, out, p.out_stride,
-                                                  rows, columns, p.activation);
+          finish_rows<T, kN, TileFinish::kLinear>(sums[half], own, out, p.out_stride, rows, columns,
+                                                  adds, p.activation);
         } else {
-          finish_rows<T, kN, TileFinish::kOther>(sums[half], own, nullptr, out, p.out_stride, rows,
-                                                 columns, p.activation);
+          finish_rows<T, kN, TileFinish::kOther>(sums[half], own, out, p.out_stride, rows, columns,
+                                                 false, p.activation);
         }
       }
     }

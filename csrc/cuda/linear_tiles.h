@@ -26,6 +26,18 @@ constexpr TileShape kTileShapes[] = {{2, 96, false},  {2, 112, false}, {2, 128, 
 constexpr int kNumTileShapes = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
 constexpr int kNumTiles = 3 * kNumTileShapes;  // tile / kNumTileShapes is what pairs share
 
+// Tiles of 128 rows whose k a cluster splits (linear_split.cuh) follow: each width with each size
+// of cluster.
+constexpr int kSplitColumns[] = {32, 64, 96};
+constexpr int kSplitRanks[] = {1, 2, 3, 4, 6, 8};
+constexpr int kNumSplitRanks = sizeof(kSplitRanks) / sizeof(kSplitRanks[0]);
+constexpr int kNumSplits = 3 * kNumSplitRanks;
+constexpr int kSplitRows = 128;
+
+template <typename T>
+cudaError_t launch_linear_split(const LinearArgs& args, int columns, int ranks, bool chained,
+                                cudaStream_t stream);
+
 template <typename T>
 cudaError_t launch_linear_tiles(const LinearArgs& args, int shape, TilePair pair,
                                 cudaStream_t stream);

@@ -109,9 +109,9 @@ def run_layers(
     """(rows, hidden_size) packed tokens through all layers, the last of which writes to `out` if
     that is given; it may be hidden_states.
     """
-    for layer in layers[:-1]:
-        hidden_states = run_layer(hidden_states, layer, starts, shape)
-    return run_layer(hidden_states, layers[-1], starts, shape, out)
+    for i, layer in enumerate(layers[:-1]):
+        hidden_states = run_layer(hidden_states, layer, starts, shape, chained=i > 0)
+    return run_layer(hidden_states, layers[-1], starts, shape, out, chained=len(layers) > 1)
 
 
 def run_layer(
@@ -120,6 +120,7 @@ def run_layer(
     starts: packing.Starts,
     shape: Shape,
     out: Tensor | None = None,
+    chained: bool = False,
 ) -> Tensor:
     attended = blocks.attention_block(
         hidden_states,
@@ -135,6 +136,7 @@ def run_layer(
         max_seqlen=shape.longest,
         short_cu_seqlens=starts.short_cu_seqlens[: shape.batch_size + 1],
         num_alike=shape.num_alike,
+        chained=chained,
     )
     return blocks.ffn(
         attended,
@@ -146,6 +148,7 @@ def run_layer(
         layer.activation,
         layer.output_norm,
         out=out,
+        chained=True,
     )
 
 
