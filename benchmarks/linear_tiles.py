@@ -1,6 +1,6 @@
-"""Times every tile of `linear_tiles` beside torch's product and the activation behind it, on a Hopper
-GPU: the numbers that `eet_patch/ops/tiles.py` chooses by. Each is checked against fp32 first, runs in
-a CUDA graph, and takes its weights in turn from more of them than the L2 holds.
+"""Times every tile of `linear_tiles` beside torch's product and the activation behind it, on a
+Hopper GPU: the numbers that `eet_patch/ops/tiles.py` chooses by. Each is checked against fp32
+first, runs in a CUDA graph, and takes its weights in turn from more of them than the L2 holds.
 
     python benchmarks/linear_tiles.py --rows 4096 2176 --hidden 768 1024
 """
