@@ -67,6 +67,7 @@ class Warm(NamedTuple):
 
     model: weakref.ref[Any]
     watch: Watch  # of its embeddings
+    stack_watch: Watch
     owner: weakref.ref[Any]
     layers: tuple[EncoderLayer, ...]
 
@@ -77,10 +78,11 @@ patching.at_disable(_warm.clear)
 
 def _note_warm(model: Any, encoder: Encoder, like: Tensor) -> None:
     watch, number = watch_of(model._modules["embeddings"], like), id(model)
-    if watch is not None:
+    if watch is not None and encoder.unconfirmed is not None:
         forget = partial(_forget_warm, number)
         owner = weakref.ref(encoder.modules[0])
-        _warm[number] = Warm(weakref.ref(model, forget), watch, owner, encoder.layers)
+        reference = weakref.ref(model, forget)
+        _warm[number] = Warm(reference, watch, encoder.unconfirmed, owner, encoder.layers)
 
 
 def _forget_warm(number: int, reference: Any) -> None:
@@ -165,8 +167,8 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         )
 
     def ahead(model: Any, arguments: dict[str, Any]) -> Ahead | None:
-        """While the device packs and embeds, the host looks whether all of the model is as it was
-        in its last call; until then nothing is read but the tables, which are.
+        """While the device packs, embeds and runs the first layers, the host looks whether all of
+        the model is as it was in its last call; what the device reads until then is looked at here.
         """
         warm = _warm.get(id(model))
         if warm is None or id(warm.model()) != id(model) or is_transformed():
@@ -178,7 +180,11 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
             return None
         batch = batch_of(model, arguments, warm.layers[0].num_heads, warm.watch.notes.tables)
         forget = partial(_warm.pop, id(model), None)
-        return launch_ahead(warm.owner(), warm.layers, batch, forget)
+        ready = warm.stack_watch.parameters_stay
+        try:
+            return launch_ahead(warm.owner(), warm.layers, batch, ready, forget)
+        except RuntimeError:
+            return None  # the call itself meets it again, and says so
 
     def forward(
         plan: Plan, model: Any, arguments: dict[str, Any], ahead: Ahead | None = None

@@ -10,6 +10,7 @@ runs of a call give the same bits, whichever of the two serves it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -262,18 +263,36 @@ class Launched(NamedTuple):
     hidden_states: Tensor | None
 
 
+class Begun(NamedTuple):
+    """What is known of a batch, and the graphs of its shape if the device runs the first of them.
+    Where the host did not wait for the device, its rows are all rows, and not known.
+    """
+
+    known: bool
+    rows: int
+    more: int
+    shape: Shape
+    settings: tuple[object, ...]
+    graphs: list[pool.Graph] | None
+
+
 class Ahead:
     """A batch that the device works on already, while the host still looks whether it may: `taken`
     by `encode`, or released.
     """
 
-    __slots__ = ("_launched", "batch", "forget", "layers")
+    __slots__ = ("_launched", "batch", "begun", "forget", "layers")
 
     def __init__(
-        self, launched: Launched, layers: object, batch: Batch, forget: Callable[[], object]
+        self,
+        launched: Launched,
+        begun: Begun | None,
+        layers: object,
+        batch: Batch,
+        forget: Callable[[], object],
     ) -> None:
         self._launched: Launched | None = launched
-        self.layers, self.batch, self.forget = layers, batch, forget
+        self.begun, self.layers, self.batch, self.forget = begun, layers, batch, forget
 
     @property
     def tables(self) -> object:
@@ -294,10 +313,15 @@ class Ahead:
 
 
 def launch_ahead(
-    owner: object, layers: tuple[EncoderLayer, ...], batch: Batch, forget: Callable[[], object]
+    owner: object,
+    layers: tuple[EncoderLayer, ...],
+    batch: Batch,
+    ready: Callable[[int], bool],
+    forget: Callable[[], object],
 ) -> Ahead | None:
-    """On CUDA, packs and embeds a batch in a step of `owner`, if one is free; `forget` is for
-    whoever finds that it should not have been.
+    """On CUDA, packs and embeds a batch in a step of `owner`, if one is free, and sends the device
+    on to the first layers if there is a graph of them and `ready(0)`. `forget` is for whoever finds
+    that it should not have been.
     """
     if torch.cuda.is_current_stream_capturing():
         return None
@@ -306,10 +330,34 @@ def launch_ahead(
     if step is None:
         return None
     try:
-        return Ahead(_launched(step, max_batch, layers, batch, None), layers, batch, forget)
+        launched = _launched(step, max_batch, layers, batch, None)
+        begun = _begin(launched, batch, False, True) if ready(0) else None
+        return Ahead(launched, begun, layers, batch, forget)
     except BaseException:
         pool.give_back(step)
         raise
+
+
+def _begin(launched: Launched, batch: Batch, wait: bool, head: bool) -> Begun:
+    """Waits for the device to say how many rows are real, where that is worth it or `wait` says so;
+    with `head`, replays the graph of the first layers if it is there.
+    """
+    padded_rows = batch.batch_size * batch.seq_len
+    # The device may be waiting for the host: what can be known is known before it answers.
+    settings = pool.settings()
+    rows, longest, more = padded_rows, batch.seq_len, 0
+    several = batch.batch_size > 1 and padded_rows > FEW_TOKENS
+    known = batch.mask is NO_MASK
+    if not known and (several or wait):
+        rows, longest, more = launched.answer.wait(batch.like)
+        known = True
+    shape = Shape(rounded_rows(rows), launched.max_batch, _power_of_two(longest, 64))
+    if rows == padded_rows == shape.rows and known and batch.seq_len >= MIN_ALIKE_LEN:
+        shape = shape._replace(num_alike=batch.batch_size)
+    graphs = None
+    if head and rows and not more and launched.step and launched.hidden_states is not None:
+        graphs = launched.step.begin_graphs(shape, settings)
+    return Begun(known, rows, more, shape, settings, graphs)
 
 
 def _encode_on_cuda(
@@ -321,9 +369,10 @@ def _encode_on_cuda(
     ready: Callable[[int], bool] | None,
     ahead: Ahead | None = None,
 ) -> Tensor | str | None:
-    launched = None if ahead is None else ahead.taken(layers, batch)
+    launched, begun = None if ahead is None else ahead.taken(layers, batch), None
     if launched is not None:
-        step = launched.step
+        assert ahead is not None
+        step, begun = launched.step, ahead.begun
     else:
         if ahead is not None:
             ahead.release()
@@ -332,7 +381,7 @@ def _encode_on_cuda(
     try:
         if launched is None:
             launched = _launched(step, max_batch, layers, batch, visit)
-        return _encode_by(launched, layers, batch, keep_padding, visit, ready)
+        return _encode_by(launched, begun, layers, batch, keep_padding, visit, ready)
     finally:
         if step is not None:
             pool.give_back(step)
@@ -389,37 +438,28 @@ def _launched(
 
 def _encode_by(
     launched: Launched,
+    begun: Begun | None,
     layers: tuple[EncoderLayer, ...],
     batch: Batch,
     keep_padding: bool,
     visit: Visit | None,
     ready: Callable[[int], bool] | None,
 ) -> Tensor | str | None:
-    step, max_batch, answer, starts, places, hidden_states = launched
-    padded_rows = batch.batch_size * batch.seq_len
-    # From here on the device may be waiting for the host: what can be known is known before it
-    # answers.
-    settings = pool.settings()
-    if ready is not None and not ready(0):
-        return None
-
-    rows, longest, more = padded_rows, batch.seq_len, 0
-    several = batch.batch_size > 1 and padded_rows > FEW_TOKENS
-    known = batch.mask is NO_MASK
-    if not known and (several or keep_padding or visit is not None):
-        rows, longest, more = answer.wait(batch.like)
-        known = True
-        if more:
-            return MORE_THAN_PADDING
-        if keep_padding and rows < padded_rows:
-            return PADDING_KEPT
+    step, _, answer, starts, places, hidden_states = launched
+    wait = keep_padding or visit is not None
+    if begun is None or (wait and not begun.known):
+        if ready is not None and not ready(0):
+            return None
+        begun = _begin(launched, batch, wait, False)
+    known, rows, more, shape, settings, graphs = begun
+    if more:
+        return MORE_THAN_PADDING
+    if keep_padding and rows < batch.batch_size * batch.seq_len:
+        return PADDING_KEPT
 
     def laid_out(packed: Tensor) -> Tensor:
         return _laid_out(packed, places.rows, batch)
 
-    shape = Shape(rounded_rows(rows), max_batch, _power_of_two(longest, 64))
-    if rows == padded_rows == rounded_rows(rows) and known and batch.seq_len >= MIN_ALIKE_LEN:
-        shape = shape._replace(num_alike=batch.batch_size)
     if hidden_states is None and step is not None and visit is None and rows:
         hidden_states = step.buffer(shape.rows)
         if hidden_states is not None:
@@ -427,7 +467,8 @@ def _encode_by(
     if hidden_states is not None and rows:
         assert step is not None
         buffer = hidden_states
-        ran = step.run(shape, settings, layers, lambda: batch.embed(places.tokens, buffer), ready)
+        again = partial(batch.embed, places.tokens, buffer)
+        ran = step.run(shape, settings, layers, again, ready, graphs)
         if ran is None:
             return None
         packed = ran

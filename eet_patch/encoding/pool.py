@@ -224,6 +224,13 @@ class Step:
             found = self._places[key] = Places.within(self._integers, *key)
         return found
 
+    def begin_graphs(self, shape: Shape, settings: tuple[object, ...]) -> list[Graph] | None:
+        """Replays the graph of the first layers, if there are graphs of the shape: these."""
+        graphs = self._graphs.get((shape, settings))
+        if graphs is not None:
+            graphs[0].replay()
+        return graphs
+
     def run(
         self,
         shape: Shape,
@@ -231,10 +238,11 @@ class Step:
         layers: Sequence[EncoderLayer],
         again: Callable[[], None],
         ready: Callable[[int], bool] | None,
+        begun: list[Graph] | None = None,
     ) -> Tensor | None:
         """The rows in the buffer after the last layer; the step's next call overwrites them. None
         if `ready(1)` says no. `settings` are torch's, now; `again` writes the first layer's input
-        to the buffer once more.
+        to the buffer once more; `begun`: of `begin_graphs`.
         """
         from eet_patch.encoding.packed import run_layers
 
@@ -243,7 +251,7 @@ class Step:
         if buffer is None:
             buffer = self._part(self._hidden_states, shape.rows)
         key = (shape, settings)
-        graphs = self._graphs.get(key)
+        graphs = begun or self._graphs.get(key)
         if graphs is None and ready is not None and not ready(1):
             return None
         # Once without a graph: a shape may never come again, and kernels are loaded at their first
@@ -254,7 +262,8 @@ class Step:
             _keep(self._seen, key, None, MAX_SEEN)
             return run_layers(buffer, layers, self.starts, shape)
         try:
-            graphs[0].replay()
+            if begun is None:
+                graphs[0].replay()
             if ready is not None and not ready(1):
                 return None
             for graph in graphs[1:]:
