@@ -3,9 +3,9 @@
 Environment:
     EET_CUDA        0: never build the CUDA part; 1: fail if it can't be built.
                     Default: build it if nvcc is found.
-    EET_CUDA_ARCHS  compute capabilities, as "80;90a", or "native": those of the GPUs in this
-                    machine, and the CPU part alone where there is none. Default: those of the GPUs
-                    in this machine, else every one that this nvcc knows out of
+    EET_CUDA_ARCHS  compute capabilities, as "80;90a" (90 is taken as 90a), or "native": those of
+                    the GPUs in this machine, and the CPU part alone where there is none. Default:
+                    those of the GPUs in this machine, else every one that this nvcc knows out of
                     75 80 86 89 90a 100 120, with PTX for the newest.
     EET_WERROR      1: fail on a warning of any compiler.
     EET_BUILD_JOBS  how many files are compiled at a time. Default: the number of processors.
@@ -106,7 +106,8 @@ def cuda_archs(nvcc):
                     f"{', '.join(sorted(supported, key=int))} "
                     "(with an a or f suffix where the GPU has one)."
                 )
-        return archs
+        # Plain 90 lacks warpgroup products, and the kernels can't tell the two apart when they run.
+        return list(dict.fromkeys("90a" if arch == "90" else arch for arch in archs))
     smi = shutil.which("nvidia-smi")
     if smi:
         query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]

@@ -71,6 +71,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--seconds", type=float, default=0.05, help="least time for each median")
     parser.add_argument("--compile", action="store_true", help="against torch.compile too")
+    parser.add_argument("--only", default="", help="regular expression: shapes whose title matches")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     model = build_model(args.model, dtype, args.device)
@@ -80,6 +81,7 @@ def main() -> int:
         for seq_len in LENGTHS
         for fill in FILLS
     ]
+    cases = harness.selected(cases, args.only)
     good = [run_shape(model, case, args) for case in cases]
     print(f"{sum(good)} of {len(good)} shapes are right and not slower")
     return 0 if all(good) else 1

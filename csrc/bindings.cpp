@@ -39,16 +39,17 @@ void embedding(Address out, Address word_weight, Address position_weight, Addres
 
 void layernorm(Address out, Address input, Address weight, Address bias, int64_t rows,
                int64_t hidden_size, float eps, int dtype, int device, Address stream,
-               int num_threads) {
+               int num_threads, bool chained) {
   const LayerNormArgs args{ptr(out), ptr(input),  ptr(weight), ptr(bias),
-                           rows,     hidden_size, eps,         static_cast<DType>(dtype)};
+                           rows,     hidden_size, eps,         static_cast<DType>(dtype),
+                           chained};
   EET_RUN(layernorm);
 }
 
 void bias_residual_layernorm(Address out, Address sum_out, Address input, Address bias,
                              Address residual, Address weight, Address norm_bias, int64_t rows,
                              int64_t hidden_size, float eps, int dtype, int device, Address stream,
-                             int num_threads) {
+                             int num_threads, bool chained) {
   const BiasResidualLayerNormArgs args{ptr(out),
                                        ptr(sum_out),
                                        ptr(input),
@@ -59,7 +60,8 @@ void bias_residual_layernorm(Address out, Address sum_out, Address input, Addres
                                        rows,
                                        hidden_size,
                                        eps,
-                                       static_cast<DType>(dtype)};
+                                       static_cast<DType>(dtype),
+                                       chained};
   EET_RUN(bias_residual_layernorm);
 }
 
@@ -101,6 +103,28 @@ void linear(Address out, Address input, const AddressTriple& weights, const Addr
   EET_RUN(linear);
 }
 
+void linear_tiles(Address out, Address input, const AddressTriple& weights,
+                  const AddressTriple& biases, Address residual, int64_t rows, int64_t in_features,
+                  int64_t out_features, int num_weights, int activation, int tile, bool chained,
+                  int dtype, int device, Address stream, int num_threads) {
+  LinearTilesArgs args{};
+  args.product.out = ptr(out);
+  args.product.input = ptr(input);
+  fill(args.product.weight, weights);
+  fill(args.product.bias, biases);
+  args.product.residual = ptr(residual);
+  args.product.rows = rows;
+  args.product.in_features = args.product.input_stride = in_features;
+  args.product.out_features = out_features;
+  args.product.out_stride = num_weights * out_features;
+  args.product.num_weights = num_weights;
+  args.product.activation = static_cast<Activation>(activation);
+  args.product.dtype = static_cast<DType>(dtype);
+  args.tile = tile;
+  args.chained = chained;
+  EET_RUN(linear_tiles);
+}
+
 AttentionArgs attention_args(Address out, Address query, Address key, Address value,
                              const Triple& out_strides, const Triple& query_strides,
                              const Triple& key_strides, const Triple& value_strides,
@@ -108,7 +132,7 @@ AttentionArgs attention_args(Address out, Address query, Address key, Address va
                              int64_t batch, int64_t num_heads, int64_t num_kv_heads,
                              int64_t head_dim, int64_t q_len, int64_t kv_len, bool causal,
                              float softmax_scale, int dtype, Address workspace,
-                             int64_t workspace_bytes) {
+                             int64_t workspace_bytes, int64_t total_tokens) {
   AttentionArgs args{};
   args.out = ptr(out);
   args.query = ptr(query);
@@ -132,6 +156,7 @@ AttentionArgs attention_args(Address out, Address query, Address key, Address va
   args.dtype = static_cast<DType>(dtype);
   args.workspace = ptr(workspace);
   args.workspace_bytes = workspace_bytes;
+  args.total_tokens = total_tokens;
   return args;
 }
 
@@ -140,11 +165,12 @@ void attention(Address out, Address query, Address key, Address value, const Tri
                const MaskTuple& mask, Address cu_seqlens, Address kv_start, int64_t batch,
                int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t q_len,
                int64_t kv_len, bool causal, float softmax_scale, Address workspace,
-               int64_t workspace_bytes, int dtype, int device, Address stream, int num_threads) {
-  const AttentionArgs args =
-      attention_args(out, query, key, value, out_strides, query_strides, key_strides, value_strides,
-                     mask, cu_seqlens, kv_start, batch, num_heads, num_kv_heads, head_dim, q_len,
-                     kv_len, causal, softmax_scale, dtype, workspace, workspace_bytes);
+               int64_t workspace_bytes, int64_t total_tokens, int dtype, int device, Address stream,
+               int num_threads) {
+  const AttentionArgs args = attention_args(
+      out, query, key, value, out_strides, query_strides, key_strides, value_strides, mask,
+      cu_seqlens, kv_start, batch, num_heads, num_kv_heads, head_dim, q_len, kv_len, causal,
+      softmax_scale, dtype, workspace, workspace_bytes, total_tokens);
   EET_RUN(attention);
 }
 
@@ -152,7 +178,7 @@ int64_t attention_workspace_bytes(int64_t batch, int64_t num_heads, int64_t head
                                   int64_t kv_len, int dtype, int device) {
   const AttentionArgs args =
       attention_args(0, 0, 0, 0, {}, {}, {}, {}, {}, 0, 0, batch, num_heads, num_heads, head_dim,
-                     q_len, kv_len, false, 1.0f, dtype, 0, 0);
+                     q_len, kv_len, false, 1.0f, dtype, 0, 0, 0);
   (void)device;
   return EET_ON_DEVICE(attention_workspace_bytes(args));
 }
@@ -291,14 +317,81 @@ py::object call_method(PyObject* object, PyObject* name) {
   return py::reinterpret_steal<py::object>(result);
 }
 
-// Whether every tensor of (tensor, address, dtype, is_contiguous()) still lies at its address and,
-// where `all` is to be compared, has its dtype and layout. In C++ for the same reason.
+// Part of DLPack's exchange of tensors between libraries (dlpack.h of version 1, Apache-2.0,
+// https://github.com/dmlc/dlpack): a tensor's address and layout without a call of Python.
+struct TensorView {
+  void* data;
+  int32_t device_type, device_id, num_dims;
+  uint8_t type_code, type_bits;
+  uint16_t type_lanes;
+  const int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+using ViewTensor = int (*)(void* tensor, TensorView* view);
+struct TensorExchange {
+  uint32_t major_version, minor_version;
+  void* older;
+  void* functions[3];  // for tensors whose memory is shared
+  ViewTensor view;     // may be null
+};
+ViewTensor view_tensor = nullptr;
+
+// Takes the capsule that torch.Tensor has from some version on; whether it is of use.
+bool use_tensor_exchange(const py::capsule& capsule) {
+  constexpr const char* kName = "dlpack_exchange_api";
+  if (std::string(capsule.name() == nullptr ? "" : capsule.name()) != kName) return false;
+  const auto* exchange = static_cast<const TensorExchange*>(capsule.get_pointer());
+  if (exchange->major_version == 1) view_tensor = exchange->view;
+  return view_tensor != nullptr;
+}
+
+bool is_dense(const TensorView& view) {
+  if (view.strides == nullptr) return true;
+  int64_t step = 1;
+  for (int i = view.num_dims - 1; i >= 0; --i) {
+    if (view.shape[i] == 0) return true;
+    if (view.shape[i] == 1) continue;
+    if (view.strides[i] != step) return false;
+    step *= view.shape[i];
+  }
+  return true;
+}
+
+// Element type and layout of a tensor as a number; 0 where torch has no exchange.
+int64_t layout_key(const TensorView& view) {
+  return int64_t(view.type_code) << 32 | int64_t(view.type_bits) << 16 |
+         int64_t(view.type_lanes) << 1 | int64_t(is_dense(view));
+}
+int64_t layout_of(const py::object& tensor) {
+  TensorView view;
+  if (view_tensor == nullptr) return 0;
+  if (view_tensor(tensor.ptr(), &view) != 0) {
+    PyErr_Clear();
+    return 0;
+  }
+  return layout_key(view);
+}
+
+// Whether every tensor of (tensor, address, dtype, is_contiguous(), layout_of()) still lies at its
+// address and, where `all` is to be compared, has its dtype and layout. In C++ for the same reason.
 bool same_places(const py::tuple& noted, bool all) {
   static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
   static PyObject* const dtype = PyUnicode_InternFromString("dtype");
   static PyObject* const contiguous = PyUnicode_InternFromString("is_contiguous");
   for (const py::handle entry : noted) {
     PyObject* tensor = PyTuple_GET_ITEM(entry.ptr(), 0);
+    const int64_t layout = PyLong_AsLongLong(PyTuple_GET_ITEM(entry.ptr(), 4));
+    if (layout != 0) {
+      TensorView view;
+      if (view_tensor(tensor, &view) != 0) {
+        PyErr_Clear();
+        return false;
+      }
+      const auto place = reinterpret_cast<uint64_t>(view.data) + view.byte_offset;
+      if (place != PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(entry.ptr(), 1))) return false;
+      if (all && layout_key(view) != layout) return false;
+      continue;
+    }
     if (!call_method(tensor, data_ptr).equal(py::handle(PyTuple_GET_ITEM(entry.ptr(), 1))))
       return false;
     if (!all) continue;
@@ -347,18 +440,22 @@ PYBIND11_MODULE(_C, m) {
         A(position_count), A(token_type_count), A(word_scale), A(eps), EET_TAIL,
         py::arg("tokens") = 0);
   m.def("layernorm", &ep::layernorm, A(out), A(input), A(weight), A(bias), A(rows), A(hidden_size),
-        A(eps), EET_TAIL);
+        A(eps), EET_TAIL, py::arg("chained") = false);
   m.def("bias_residual_layernorm", &ep::bias_residual_layernorm, A(out), A(sum_out), A(input),
-        A(bias), A(residual), A(weight), A(norm_bias), A(rows), A(hidden_size), A(eps), EET_TAIL);
+        A(bias), A(residual), A(weight), A(norm_bias), A(rows), A(hidden_size), A(eps), EET_TAIL,
+        py::arg("chained") = false);
   m.def("bias_activation", &ep::bias_activation, A(out), A(input), A(bias), A(rows), A(size),
         A(activation), EET_TAIL);
   m.def("linear", &ep::linear, A(out), A(input), A(weights), A(biases), A(residual), A(norm_weight),
         A(norm_bias), A(rows), A(in_features), A(out_features), A(input_stride), A(out_stride),
         A(num_weights), A(in_out), A(activation), A(norm_eps), EET_TAIL);
+  m.def("linear_tiles", &ep::linear_tiles, A(out), A(input), A(weights), A(biases), A(residual),
+        A(rows), A(in_features), A(out_features), A(num_weights), A(activation), A(tile),
+        A(chained), EET_TAIL);
   m.def("attention", &ep::attention, A(out), A(query), A(key), A(value), A(out_strides),
         A(query_strides), A(key_strides), A(value_strides), A(mask), A(cu_seqlens), A(kv_start),
         A(batch), A(num_heads), A(num_kv_heads), A(head_dim), A(q_len), A(kv_len), A(causal),
-        A(softmax_scale), A(workspace), A(workspace_bytes), EET_TAIL);
+        A(softmax_scale), A(workspace), A(workspace_bytes), A(total_tokens), EET_TAIL);
   m.def("attention_workspace_bytes", &ep::attention_workspace_bytes, A(batch), A(num_heads),
         A(head_dim), A(q_len), A(kv_len), A(dtype), A(device));
   m.def("attention_block", &ep::attention_block, A(out), A(hidden_states), A(qkv_weights),
@@ -381,6 +478,8 @@ PYBIND11_MODULE(_C, m) {
   ep::bind_packing(m);
   m.def("same_contents", &ep::same_contents, A(noted));
   m.def("same_places", &ep::same_places, A(noted), A(all));
+  m.def("layout_of", &ep::layout_of, A(tensor));
+  m.def("use_tensor_exchange", &ep::use_tensor_exchange, A(capsule));
   m.def("build_info", &ep::build_info);
 #undef EET_TAIL
 #undef A

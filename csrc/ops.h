@@ -48,6 +48,7 @@ struct EmbeddingArgs {
   float word_scale, eps;
   DType dtype;
   const int32_t* tokens;  // (rows,) or null
+  bool chained = false;   // CUDA: `tokens` come from the launch before, of ours
 };
 
 // out[r] = (input[r] - mean) / sqrt(var + eps) * weight + bias; weight and bias may be null (1 and
@@ -58,6 +59,7 @@ struct LayerNormArgs {
   int64_t rows, hidden_size;
   float eps;
   DType dtype;
+  bool chained = false;  // CUDA: the kernel ahead on the stream wrote no weight and no bias
 };
 
 // sum[r] = input[r] + bias + residual[r];  out[r] = LN(sum[r]). bias, residual, sum_out may be
@@ -70,6 +72,7 @@ struct BiasResidualLayerNormArgs {
   int64_t rows, hidden_size;
   float eps;
   DType dtype;
+  bool chained = false;  // as in LayerNormArgs
 };
 
 // out[r] = activation(input[r] + bias); bias may be null; out may alias input.
@@ -103,6 +106,16 @@ struct LinearArgs {
 };
 constexpr int64_t kMaxSkinnyRows = 64;
 
+// The same for any number of rows: on CUDA by the tensor cores of sm_90a, for fp16 and bf16, no LN,
+// not in_out, activation or residual but not both; in_features, input_stride (= in_features),
+// out_features and out_stride multiples of 8, and 16-byte aligned addresses. All else is
+// kUnsupported there.
+struct LinearTilesArgs {
+  LinearArgs product;
+  int tile;      // CUDA: a size of tile and who shares what (linear_tiles.h)
+  bool chained;  // CUDA: the kernel ahead on the stream wrote no weights: they may be read early
+};
+
 // out = softmax(scale * query @ key^T + mask) @ value, per (batch, head).
 // Padded form: cu_seqlens null, every batch row has q_len queries and kv_len keys. Packed form:
 // cu_seqlens holds batch + 1 token offsets into one (total, heads, head_dim) array; strides.batch
@@ -124,6 +137,7 @@ struct AttentionArgs {
   void* workspace;  // CUDA: attention_workspace_bytes(args) bytes of scratch for split-KV decoding;
                     // CPU: unused
   int64_t workspace_bytes;
+  int64_t total_tokens;  // packed: tokens of query, key and value; 0: not known
 };
 
 // One attention block: norm placement, q/k/v projections, K and V written to the cache at
@@ -442,6 +456,7 @@ struct GatherRowsArgs {
   Status bias_residual_layernorm(const BiasResidualLayerNormArgs& args, const Context& context); \
   Status bias_activation(const BiasActivationArgs& args, const Context& context);                \
   Status linear(const LinearArgs& args, const Context& context);                                 \
+  Status linear_tiles(const LinearTilesArgs& args, const Context& context);                      \
   Status attention(const AttentionArgs& args, const Context& context);                           \
   Status attention_block(const AttentionBlockArgs& args, const Context& context);                \
   Status ffn(const FfnArgs& args, const Context& context);                                       \

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from eet_patch.ops._extension import DTYPE_CODES, HAS_CUDA, extension
+from eet_patch.ops._extension import DTYPE_CODES, HAS_CUDA, LAYOUTS_ARE_QUICK, extension
 
 _HOOK_DICTS = (
     "_forward_hooks",
@@ -51,7 +51,7 @@ def call_reason(layer: nn.Module, cls: type, operand: Any, arguments: dict[str, 
         return "autocast is on"
     if torch.jit.is_tracing():
         return "the call is being traced"
-    if _dispatch_modes() or _functorch_level() is not None:
+    if is_transformed():
         return "a torch dispatch mode or function transform is active"
     if torch.is_grad_enabled() and needs_gradients(layer, arguments):
         return "gradients are needed"
@@ -63,6 +63,11 @@ def call_reason(layer: nn.Module, cls: type, operand: Any, arguments: dict[str, 
     ):
         return "hooks on all modules are registered"
     return None
+
+
+def is_transformed() -> bool:
+    """Whether tensors may be other than what they seem to be."""
+    return bool(_dispatch_modes()) or _functorch_level() is not None
 
 
 def needs_gradients(layer: nn.Module, arguments: dict[str, Any]) -> bool:
@@ -117,13 +122,15 @@ class Watch:
     5.
     """
 
-    __slots__ = ("_classes", "_like", "_noted", "_parameters", "layer", "notes")
+    __slots__ = ("_classes", "_like", "_noted", "_parameters", "_parts", "layer", "notes")
 
-    def __init__(self, layer: nn.Module, like: Tensor, forget: Any, notes: Any = None) -> None:
+    def __init__(
+        self, layer: nn.Module, like: Tensor, forget: Any, notes: Any = None, more: Any = ()
+    ) -> None:
         self.layer = weakref.ref(layer, forget)
         self.notes = notes  # what its owner made of the modules; must not lead back to the layer
         self._like = _kind(like)
-        noted, classes, parameters = [], {}, []
+        noted, classes, parameters = [(d, tuple(d), tuple(d.values())) for d in more], {}, []
         for module in layer.modules():
             state = module.__dict__
             dicts = [state, state["_modules"], state["_parameters"]]
@@ -135,19 +142,34 @@ class Watch:
         self._noted = tuple(noted)
         self._classes = tuple(classes.items())
         self._parameters = tuple((p, *_storage(p)) for p in parameters)
+        self._parts: tuple[Any, Any] = (self._parameters, ())
 
-    def parameters_stay(self) -> bool:
-        """Whether all parameters lie where they lay: what a launch on noted addresses needs."""
-        return extension().same_places(self._parameters, False)
+    def first_need(self, tensors: list[Tensor]) -> None:
+        """Has `parameters_stay` tell of these apart from the others."""
+        ids = {id(tensor) for tensor in tensors}
+        self._parts = (
+            tuple(noted for noted in self._parameters if id(noted[0]) in ids),
+            tuple(noted for noted in self._parameters if id(noted[0]) not in ids),
+        )
 
-    def holds(self, like: Tensor) -> bool:
+    def parameters_stay(self, part: int) -> bool:
+        """Whether the parameters of a part, 0 or 1, lie where they lay: what a launch on noted
+        addresses needs.
+        """
+        return extension().same_places(self._parts[part], LAYOUTS_ARE_QUICK)
+
+    def holds(self, like: Tensor, parameters_stay: bool = False) -> bool:
+        """`parameters_stay`: what its name says was just found to be so."""
         if _kind(like) != self._like:
             return False
         for cls, forward in self._classes:
             if cls.forward is not forward:
                 return False
         module = extension()
-        return module.same_places(self._parameters, True) and module.same_contents(self._noted)
+        if not (parameters_stay and LAYOUTS_ARE_QUICK):
+            if not module.same_places(self._parameters, True):
+                return False
+        return module.same_contents(self._noted)
 
 
 def _kind(like: Tensor) -> tuple[Any, ...]:
@@ -155,7 +177,8 @@ def _kind(like: Tensor) -> tuple[Any, ...]:
 
 
 def _storage(parameter: Tensor) -> tuple[Any, ...]:
-    return parameter.data_ptr(), parameter.dtype, parameter.is_contiguous()
+    layout = extension().layout_of(parameter)
+    return parameter.data_ptr(), parameter.dtype, parameter.is_contiguous(), layout
 
 
 _watches: dict[int, Watch] = {}
@@ -187,12 +210,12 @@ def watch_of(layer: nn.Module, like: Tensor) -> Watch | None:
     return watch
 
 
-def note_sound(layer: nn.Module, like: Tensor, notes: Any = None) -> None:
+def note_sound(layer: nn.Module, like: Tensor, notes: Any = None, more: Any = ()) -> Watch | None:
     """Notes that the modules and parameters of a layer passed all checks for such an input, and
-    what its adapter made of them.
+    what its adapter made of them; `more` are dictionaries on which the verdict rests too.
     """
     if not _holdable(layer):
-        return
+        return None
     number = id(layer)
 
     def forget(reference: Any) -> None:
@@ -200,7 +223,8 @@ def note_sound(layer: nn.Module, like: Tensor, notes: Any = None) -> None:
         if watch is not None and watch.layer is reference:
             del _watches[number]
 
-    _watches[number] = Watch(layer, like, forget, notes)
+    watch = _watches[number] = Watch(layer, like, forget, notes, more)
+    return watch
 
 
 def forget(layer: nn.Module) -> None:

@@ -86,12 +86,16 @@ class Adapter:
         forward: (plan, layer, arguments) -> what the original would return.
         operand: (layer, arguments) -> the tensor whose dtype and device the kernels get.
         known: the classes of layers that inherit the method and may run our code too.
+        ahead: (layer, arguments) -> what was launched of the call before anything else of it was
+            looked at, or None; `forward` gets it as a fourth argument. It is `release()`d at the
+            end, and asked to `forget()` what led to it where the call runs the original.
     """
 
     plan: Callable[[Any, dict[str, Any]], Any]
-    forward: Callable[[Any, Any, dict[str, Any]], Any]
+    forward: Callable[..., Any]
     operand: Callable[[Any, dict[str, Any]], Any] = hidden_states_of
     known: frozenset[type] = frozenset()
+    ahead: Callable[[Any, dict[str, Any]], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -420,7 +424,7 @@ def _make_forward(
 ) -> Callable[..., Any]:
     names = tuple(inspect.signature(original).parameters)[1:]
     plan_call, run_call, operand_of = adapter.plan, adapter.forward, adapter.operand
-    known = adapter.known
+    known, launch_ahead = adapter.known, adapter.ahead
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -429,14 +433,31 @@ def _make_forward(
         if torch.compiler.is_compiling() or not patch.active:
             return original(self, *args, **kwargs)
         arguments = dict(zip(names, args, strict=False), **kwargs)
+        if launch_ahead is not None:
+            ahead = launch_ahead(self, arguments)
+            if ahead is not None:
+                try:
+                    return dispatched(self, args, kwargs, arguments, ahead)
+                finally:
+                    ahead.release()
+        return dispatched(self, args, kwargs, arguments)
+
+    def dispatched(
+        self: Any, args: Any, kwargs: Any, arguments: dict[str, Any], ahead: Any = None
+    ) -> Any:
         operand = operand_of(self, arguments)
         expected = type(self) if type(self) in known else cls
         plan = call_reason(self, expected, operand, arguments) or plan_call(self, arguments)
         if type(plan) is str:
+            if ahead is not None:
+                ahead.forget()
             _fell_back(patch, plan)
             return original(self, *args, **kwargs)
         try:
-            result = run_call(plan, self, arguments)
+            if ahead is None:
+                result = run_call(plan, self, arguments)
+            else:
+                result = run_call(plan, self, arguments, ahead)
         except torch.OutOfMemoryError as error:
             if getattr(error, "eet_patch_committed", False):
                 raise
@@ -447,6 +468,9 @@ def _make_forward(
             next(patch.replaced)
             return result
         # Out of the handlers, whose exception holds what was allocated.
+        if ahead is not None:
+            ahead.forget()
+            ahead.release()
         if reason is None:
             _out_of_memory(patch)
         else:

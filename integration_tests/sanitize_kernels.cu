@@ -12,6 +12,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/linear_tiles.h"
 #include "ops.h"
 
 namespace eet_patch {
@@ -115,6 +116,7 @@ void run_row_ops(DType dtype, int64_t rows, int64_t size) {
   sum_norm.hidden_size = size;
   sum_norm.eps = kEps;
   sum_norm.dtype = dtype;
+  sum_norm.chained = true;
   call("bias_residual_layernorm", cuda::bias_residual_layernorm, sum_norm);
   const BiasActivationArgs activation = {
       matrix(), matrix(), vector(), rows, size, Activation::kGeluErf, dtype};
@@ -143,6 +145,7 @@ void run_embedding(DType dtype, int64_t rows, int64_t size) {
   std::vector<int32_t> tokens(rows, -1);
   for (int64_t row = 0; row < rows; row += 2) tokens[row] = static_cast<int32_t>(rows - 1 - row);
   args.tokens = memory.values(tokens);
+  args.chained = true;
   call("embedding", cuda::embedding, args);
 }
 
@@ -159,6 +162,7 @@ void run_gather_rows(DType dtype, int64_t rows, int64_t size) {
 // A mask of keys alone, and one over heads, queries and keys.
 void run_pack_tokens(DType dtype, int64_t batch, int64_t seq_len) {
   for (const bool by_query : {false, true}) {
+    if (by_query && seq_len > 300) continue;
     Operands memory(dtype);
     PackTokensArgs args = {};
     args.num_heads = by_query ? kHeads : 1;
@@ -210,6 +214,32 @@ void run_linear(DType dtype, int64_t rows, int64_t in_size, int64_t out_size, bo
   call("linear", cuda::linear, args);
 }
 
+void run_linear_tiles(DType dtype, int64_t rows, int64_t in_size, int64_t out_size, int tile) {
+  Operands memory(dtype);
+  LinearTilesArgs args = {};
+  args.tile = tile;
+  LinearArgs& product = args.product;
+  product.num_weights = rows % 2 == 0 ? 3 : 1;
+  product.out_features = out_size;
+  product.out_stride = product.num_weights * out_size;
+  product.out = memory.elements(rows * product.out_stride);
+  product.input = memory.elements(rows * in_size);
+  for (int i = 0; i < product.num_weights; ++i) {
+    product.weight[i] = memory.elements(in_size * out_size);
+    product.bias[i] = memory.elements(out_size);
+  }
+  product.rows = rows;
+  product.in_features = product.input_stride = in_size;
+  product.dtype = dtype;
+  for (Activation activation : {Activation::kNone, Activation::kGeluErf, Activation::kSilu}) {
+    product.activation = activation;
+    call("linear_tiles", cuda::linear_tiles, args);
+  }
+  product.activation = Activation::kNone;
+  product.residual = memory.elements(rows * product.out_stride);
+  call("linear_tiles", cuda::linear_tiles, args);
+}
+
 void call_attention(AttentionArgs args, DType dtype, Operands& memory) {
   args.num_heads = args.num_kv_heads = kHeads;
   args.softmax_scale = kSoftmaxScale;
@@ -252,6 +282,32 @@ void run_packed_attention(DType dtype, int64_t head_dim, bool causal) {
   args.head_dim = head_dim;
   args.q_len = args.kv_len = 70;
   args.causal = causal;
+  call_attention(args, dtype, memory);
+}
+
+// More tiles than stages hold, on a GPU that multiplies by warpgroups: the views of a stacked
+// product, whose arrays end with the last sequence.
+void run_packed_tiles(DType dtype, int64_t head_dim) {
+  Operands memory(dtype);
+  constexpr int64_t kTokens = 5 + 450 + 128;
+  const int64_t width = kHeads * head_dim;
+  char* stacked = static_cast<char*>(memory.elements(kTokens * 3 * width));
+  const HeadStrides strides = {0, head_dim, 3 * width};
+  AttentionArgs args = {memory.elements(kTokens * width), stacked, stacked + 2 * width,
+                        stacked + 4 * width};
+  args.out_strides = {0, head_dim, width};
+  args.query_strides = args.key_strides = args.value_strides = strides;
+  args.cu_seqlens = memory.integers({0, 5, 455, kTokens, kTokens});
+  args.batch = 4;
+  args.head_dim = head_dim;
+  args.total_tokens = kTokens;
+  for (const int64_t longest : {450, 512}) {
+    args.q_len = args.kv_len = longest;
+    call_attention(args, dtype, memory);
+  }
+  args.cu_seqlens = memory.integers({0, 5, 5, 133});
+  args.batch = 3;
+  args.q_len = args.kv_len = 128;
   call_attention(args, dtype, memory);
 }
 
@@ -596,6 +652,7 @@ void run_all_row_ops(DType dtype, bool small) {
     run_pack_tokens(dtype, 1, seq_len);
     run_pack_tokens(dtype, 300, small ? 1 : seq_len);
   }
+  run_pack_tokens(dtype, 9, 1000);  // more than one block takes
 }
 
 void run_all_linear(DType dtype, bool small) {
@@ -618,6 +675,20 @@ void run_walking_linear(bool small) {
   }
 }
 
+void run_all_linear_tiles(bool small) {
+  int device = 0, major = 0, minor = 0;
+  require(cudaGetDevice(&device), "cudaGetDevice");
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (major != 9 || minor != 0) return;
+  for (DType dtype : {DType::kFloat16, DType::kBFloat16})
+    for (int tile = 0; tile < cuda::kNumTiles + cuda::kNumSplits; ++tile) {
+      run_linear_tiles(dtype, 77, 72, 200, tile);
+      run_linear_tiles(dtype, 300, 392, 328, tile);
+      if (!small) run_linear_tiles(dtype, 1000, 1032, 776, tile);
+    }
+}
+
 void run_all_attention(DType dtype, bool small) {
   constexpr int64_t kLengths[][2] = {{70, 70}, {1, 70}, {1, 300}, {5, 33}};
   for (int64_t head_dim : {1, 17, 40, 64, 80, 96, 128, 160, 256}) {
@@ -631,6 +702,8 @@ void run_all_attention(DType dtype, bool small) {
     }
     for (bool causal : {false, true}) run_packed_attention(dtype, head_dim, causal);
   }
+  if (dtype == DType::kFloat32) return;
+  for (int64_t head_dim : {32, 64, 128}) run_packed_tiles(dtype, head_dim);
 }
 
 void run_all_blocks(DType dtype) {
@@ -658,6 +731,9 @@ int main(int argc, char** argv) {
     run_all_attention(dtype, small);
     run_all_blocks(dtype);
   }
-  if (!only_generation) run_walking_linear(small);
+  if (!only_generation) {
+    run_walking_linear(small);
+    run_all_linear_tiles(small);
+  }
   return summarize();
 }

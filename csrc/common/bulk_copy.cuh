@@ -14,12 +14,11 @@ namespace eet_patch::cuda {
 constexpr int kSwizzleBytes = 128;  // a line of a box; its 16-byte units are permuted by (line % 8)
 constexpr int kBoxAlignment = 1024;  // of a box in shared memory
 
-// The map of a (outer, inner) array of 16-bit elements for boxes of box_outer lines of 128 bytes.
-// Elements outside the array read as zero. `data` and the lines must be 16-byte aligned.
-inline cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t outer, int64_t inner,
-                                   int box_outer) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
+using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, or null where it has none.
+inline EncodeTensorMap tensor_map_encoder() {
+  static const EncodeTensorMap encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
 #if CUDART_VERSION >= 12050
@@ -31,9 +30,17 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t o
 #endif
     if (error != cudaSuccess) (void)cudaGetLastError();
     return error == cudaSuccess && found == cudaDriverEntryPointSuccess
-               ? reinterpret_cast<Encode>(function)
+               ? reinterpret_cast<EncodeTensorMap>(function)
                : nullptr;
   }();
+  return encode;
+}
+
+// The map of a (outer, inner) array of 16-bit elements for boxes of box_outer lines of 128 bytes.
+// Elements outside the array read as zero. `data` and the lines must be 16-byte aligned.
+inline cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t outer, int64_t inner,
+                                   int box_outer) {
+  const EncodeTensorMap encode = tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   constexpr cuuint64_t kElementBytes = 2;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(inner), static_cast<cuuint64_t>(outer)};

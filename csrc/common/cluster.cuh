@@ -43,6 +43,15 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
+// The same in one, and what the blocks have written to each other's shared memory is seen behind
+// it.
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -55,6 +64,14 @@ __device__ __forceinline__ uint32_t address_in_rank(uint32_t address, int rank) 
   return remote;
 #else
   return address;
+#endif
+}
+
+// Stores two floats in a block of the cluster, which has started: an address of address_in_rank.
+__device__ __forceinline__ void store_in_cluster(uint32_t address, float first, float second) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second)
+               : "memory");
 #endif
 }
 

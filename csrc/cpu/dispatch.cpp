@@ -98,6 +98,10 @@ Status bias_activation(const BiasActivationArgs& args, const Context& context) {
 Status linear(const LinearArgs& args, const Context& context) {
   return table().linear(args, context);
 }
+// Rows are blocked there already.
+Status linear_tiles(const LinearTilesArgs& args, const Context& context) {
+  return table().linear(args.product, context);
+}
 Status attention(const AttentionArgs& args, const Context& context) {
   return table().attention(args, context);
 }

@@ -1,6 +1,7 @@
 // Attention: padded with any strides, masks, causal order, left padding and grouped heads, or
-// packed sequences of different lengths. One query a sequence goes to decode_attention.cu, fp16 and
-// bf16 to the tensor cores (attention_mma.cuh), fp32 to plain arithmetic (attention_fma.cuh).
+// packed sequences of different lengths. One query a sequence goes to decode_attention.cu, packed
+// sequences on Hopper to packed_attention.cu, other fp16 and bf16 to the tensor cores
+// (attention_mma.cuh), fp32 to plain arithmetic (attention_fma.cuh).
 #include "cuda/attention_fma.cuh"
 #include "cuda/attention_mma.cuh"
 #include "cuda/launchers.h"
@@ -30,6 +31,7 @@ cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream, boo
   if (takes_decode_attention(args)) return launch_decode_attention<T>(args, stream, chained);
   if (args.batch > kMaxGridYZ || args.num_heads > kMaxGridYZ || args.head_dim > kMaxHeadDim)
     return cudaErrorInvalidValue;
+  if (takes_packed_attention(args)) return launch_packed_attention<T>(args, stream, chained);
   const AttentionParams<T> p = attention_params<T>(args);
   constexpr int kQueries = sizeof(T) == 4 ? kFmaQueries : kAttentionQueries;
   LaunchConfig config;

@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(kBlockWarps* kWarpSize)
     embedding_kernel(const EmbeddingParams<T> p) {
   __shared__ float shared[kWarps];
   release_dependents();
+  wait_for_predecessor();
   const int64_t row = kWarps > 1 ? int64_t(blockIdx.x)
                                  : int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarpSize;
   if (row >= p.rows) return;
@@ -83,14 +84,67 @@ __global__ void __launch_bounds__(kBlockWarps* kWarpSize)
   }
 }
 
+// A warp a row, held in registers, with norm; aligned rows. Otherwise as embedding_kernel.
+template <typename T, int kChunks>
+__global__ void __launch_bounds__(kRowsPerBlock* kWarpSize)
+    held_embedding_kernel(const EmbeddingParams<T> p) {
+  using Row = HeldRow<T, kChunks>;
+  const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarpSize;
+  Row word, position = {}, token_type = {}, norm_weight, norm_bias;
+  release_dependents();
+  norm_weight.load(p.norm_weight, p.size);
+  norm_bias.load(p.norm_bias, p.size);
+  wait_for_predecessor();
+  if (row >= p.rows) return;
+  T* out = p.out + row * p.size;
+  const int64_t token = p.tokens != nullptr ? int64_t(p.tokens[row]) : row;
+  if (token < 0) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int column = Row::first() + c * Row::kStride;
+      if (column < p.size) *reinterpret_cast<uint4*>(out + column) = uint4{};
+    }
+    return;
+  }
+  const int64_t id = p.input_ids[token];
+  int64_t place = 0, type = 0;
+  if (p.position_weight != nullptr) place = p.position_ids[token % p.position_count];
+  if (p.token_type_weight != nullptr && p.token_type_ids != nullptr)
+    type = p.token_type_ids[token % p.token_type_count];
+  word.load(p.word_weight + checked_index(id, p.vocab_size) * p.size, p.size);
+  if (p.position_weight != nullptr)
+    position.load(p.position_weight + checked_index(place, p.num_positions) * p.size, p.size);
+  if (p.token_type_weight != nullptr)
+    token_type.load(p.token_type_weight + checked_index(type, p.num_token_types) * p.size, p.size);
+
+  typename Row::Values values = {};
+  word.add_to(values);
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+    for (int i = 0; i < Row::kVector; ++i) values[c][i] *= p.word_scale;
+  }
+  token_type.add_to(values);
+  position.add_to(values);
+  normalise_held<T, kChunks>(values, p.size, p.eps, true, norm_weight, norm_bias, out);
+}
+
 template <typename T, int kVector>
-cudaError_t launch_rows(const EmbeddingParams<T>& p, cudaStream_t stream) {
+cudaError_t launch_rows(const EmbeddingParams<T>& p, cudaStream_t stream, bool chained) {
   LaunchConfig config;
   config.stream = stream;
+  config.chained = chained;
   config.block = dim3(kBlockWarps * kWarpSize);
   const bool warp_rows =
       p.size <= kWarpMaxSize && (p.rows > kFewRows || p.size <= kWarpSize * kVector);
   config.grid = dim3(static_cast<unsigned>(warp_rows ? ceil_div(p.rows, kRowsPerBlock) : p.rows));
+  if constexpr (kVector > 1) {
+    if (warp_rows && p.norm_weight != nullptr) {
+      return with_held_chunks<T>(p.size, [&](auto chunks) {
+        return launch(config, held_embedding_kernel<T, decltype(chunks)::value>, p);
+      });
+    }
+  }
   return warp_rows ? launch(config, embedding_kernel<T, 1, kVector>, p)
                    : launch(config, embedding_kernel<T, kBlockWarps, kVector>, p);
 }
@@ -122,7 +176,8 @@ cudaError_t launch_embedding(const EmbeddingArgs& args, cudaStream_t stream) {
                        is_aligned(args.word_weight) && is_aligned(args.position_weight) &&
                        is_aligned(args.token_type_weight) && is_aligned(args.norm_weight) &&
                        is_aligned(args.norm_bias);
-  return vectors ? launch_rows<T, kVectorSize<T>>(p, stream) : launch_rows<T, 1>(p, stream);
+  return vectors ? launch_rows<T, kVectorSize<T>>(p, stream, args.chained)
+                 : launch_rows<T, 1>(p, stream, args.chained);
 }
 
 }  // namespace

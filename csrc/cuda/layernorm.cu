@@ -63,6 +63,39 @@ __global__ void __launch_bounds__(kBlockWarps* kWarpSize) layernorm_kernel(const
   normalise_row<kWarps, kVector>(p.size, p.eps, shared, load, store);
 }
 
+// A warp a row, held in registers; the parameters are asked for before the wait. Aligned rows.
+// Otherwise as layernorm_kernel.
+template <typename T, int kChunks>
+__global__ void __launch_bounds__(kRowsPerBlock* kWarpSize)
+    held_layernorm_kernel(const NormParams<T> p) {
+  using Row = HeldRow<T, kChunks>;
+  const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarpSize;
+  const int64_t offset = row * p.size;
+  Row bias, weight, norm_bias, input, residual;
+  release_dependents();
+  bias.load(p.bias, p.size);
+  weight.load(p.weight, p.size);
+  norm_bias.load(p.norm_bias, p.size);
+  wait_for_predecessor();
+  if (row >= p.rows) return;
+  input.load(p.input + offset, p.size);
+  residual.load(p.residual != nullptr ? p.residual + offset : nullptr, p.size);
+
+  typename Row::Values values = {};
+  input.add_to(values);
+  bias.add_to(values);
+  residual.add_to(values);
+  if (p.sum_out != nullptr) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int column = Row::first() + c * Row::kStride;
+      if (column < p.size) store_vector(p.sum_out + offset + column, values[c]);
+    }
+  }
+  normalise_held<T, kChunks>(values, p.size, p.eps, p.weight != nullptr, weight, norm_bias,
+                             p.out + offset);
+}
+
 template <typename T, int kVector>
 cudaError_t launch_rows(const NormParams<T>& p, cudaStream_t stream, bool chained) {
   LaunchConfig config;
@@ -72,6 +105,13 @@ cudaError_t launch_rows(const NormParams<T>& p, cudaStream_t stream, bool chaine
   const bool warp_rows =
       p.size <= kWarpMaxSize && (p.rows > kFewRows || p.size <= kWarpSize * kVector);
   config.grid = dim3(static_cast<unsigned>(warp_rows ? ceil_div(p.rows, kRowsPerBlock) : p.rows));
+  if constexpr (kVector > 1) {
+    if (warp_rows) {
+      return with_held_chunks<T>(p.size, [&](auto chunks) {
+        return launch(config, held_layernorm_kernel<T, decltype(chunks)::value>, p);
+      });
+    }
+  }
   return warp_rows ? launch(config, layernorm_kernel<T, 1, kVector>, p)
                    : launch(config, layernorm_kernel<T, kBlockWarps, kVector>, p);
 }
@@ -108,7 +148,7 @@ template cudaError_t launch_layernorm<__nv_bfloat16>(const BiasResidualLayerNorm
 
 Status bias_residual_layernorm(const BiasResidualLayerNormArgs& args, const Context& context) {
   return to_status(dispatch_dtype(args.dtype, [&](auto element) {
-    return launch_layernorm<decltype(element)>(args, stream_of(context), false);
+    return launch_layernorm<decltype(element)>(args, stream_of(context), args.chained);
   }));
 }
 
@@ -122,6 +162,7 @@ Status layernorm(const LayerNormArgs& args, const Context& context) {
   same.hidden_size = args.hidden_size;
   same.eps = args.eps;
   same.dtype = args.dtype;
+  same.chained = args.chained;
   return bias_residual_layernorm(same, context);
 }
 

@@ -5,6 +5,7 @@ embedded and go through the layers. The host's own pooler runs over the result.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from eet_patch import patching
 from eet_patch.adapters import bert_encoder
 from eet_patch.adapters.encoder import Encoder, Encoders
 from eet_patch.adapters.host import (
@@ -22,30 +24,71 @@ from eet_patch.adapters.host import (
     recorder,
     version_before,
 )
-from eet_patch.encoding.packed import Batch
+from eet_patch.encoding.packed import Ahead, Batch, EncoderLayer, launch_ahead
 from eet_patch.gates import (
+    Watch,
+    is_transformed,
     note_sound,
     parameter_reason,
-    still_sound,
     submodule_reason,
+    watch_of,
 )
 from eet_patch.ops._extension import NO_MASK
 from eet_patch.ops.elementwise import launch_embedding
-from eet_patch.ops.launch import Mask
-from eet_patch.ops.packing import padding_mask_form
+from eet_patch.ops.packing import Lookup, lookup_tables, padding_mask_form
 from eet_patch.patching import Adapter
 
 KNOWN = frozenset(
     {"input_ids", "attention_mask", "token_type_ids", "position_ids", "return_dict"}
     | {"output_attentions"}
 )
+RECORDING = "outputs of the layers are recorded"
 RECORDED = ("output_attentions", "output_hidden_states")
 TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 
 class Plan(NamedTuple):
     encoder: Encoder
-    mask: Mask
+    tables: tuple[int | float, ...]
+
+
+class Notes(NamedTuple):
+    """What was made of a model's configuration and embeddings, and good until they change."""
+
+    config: Any
+    return_dict: bool
+    tables: tuple[int | float, ...]  # as `Lookup` has them
+
+
+class Warm(NamedTuple):
+    """A model on CUDA whose last call went through: what the next one may be launched by before it
+    is looked at.
+    """
+
+    model: weakref.ref[Any]
+    watch: Watch  # of its embeddings
+    stack_watch: Watch
+    owner: weakref.ref[Any]
+    layers: tuple[EncoderLayer, ...]
+
+
+_warm: dict[int, Warm] = {}
+patching.at_disable(_warm.clear)
+
+
+def _note_warm(model: Any, encoder: Encoder, like: Tensor) -> None:
+    watch, number = watch_of(model._modules["embeddings"], like), id(model)
+    if watch is not None and encoder.unconfirmed is not None:
+        forget = partial(_forget_warm, number)
+        owner = weakref.ref(encoder.modules[0])
+        reference = weakref.ref(model, forget)
+        _warm[number] = Warm(reference, watch, encoder.unconfirmed, owner, encoder.layers)
+
+
+def _forget_warm(number: int, reference: Any) -> None:
+    warm = _warm.get(number)
+    if warm is not None and warm.model is reference:
+        del _warm[number]
 
 
 def _word_weight(model: Any, arguments: dict[str, Any]) -> Any:
@@ -69,56 +112,113 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
 
     def plan(model: Any, arguments: dict[str, Any]) -> Plan | str:
         reason = other_arguments_reason(arguments, KNOWN)
-        reason = reason or _output_reason(model.config, arguments)
         if reason is not None:
             return reason
-        modules = model._modules
+        modules, config = model._modules, model.config
         embeddings, stack = modules["embeddings"], modules["encoder"]
         word_weight = embeddings._modules["word_embeddings"]._parameters["weight"]
         reason = submodule_reason(stack, encoder_class, is_recording_hook)
         reason = reason or _ids_reason(embeddings, arguments, word_weight)
         if reason is not None:
             return reason
-        if not still_sound(embeddings, word_weight):
-            reason = _embeddings_reason(embeddings, embeddings_class, word_weight)
+        watch = watch_of(embeddings, word_weight)
+        if watch is not None and watch.notes.config is config and watch.holds(word_weight):
+            notes = watch.notes
+        else:
+            reason = _config_reason(config)
+            reason = reason or _embeddings_reason(embeddings, embeddings_class, word_weight)
             if reason is not None:
                 return reason
-            note_sound(embeddings, word_weight)
+            notes = Notes(config, bool(config.return_dict), _tables(embeddings))
+            note_sound(embeddings, word_weight, notes, (config.__dict__,))
+        reason = _output_reason(arguments, notes.return_dict)
+        if reason is not None:
+            return reason
         found = encoders.checked(stack, word_weight)
         if isinstance(found, str):
             return found
-        mask = arguments.get("attention_mask")
-        if mask is None:
-            return Plan(found, NO_MASK)
-        batch_size, seq_len = arguments["input_ids"].shape
-        sizes = (batch_size, found.layers[0].num_heads, seq_len, seq_len)
-        return Plan(found, padding_mask_form(mask, sizes, word_weight))
+        return Plan(found, notes.tables)
 
-    def forward(plan: Plan, model: Any, arguments: dict[str, Any]) -> Any:
-        input_ids = arguments["input_ids"]
+    def batch_of(
+        model: Any, arguments: dict[str, Any], num_heads: int, tables: tuple[int | float, ...]
+    ) -> Batch:
+        input_ids, mask = arguments["input_ids"], arguments.get("attention_mask")
         embeddings = model._modules["embeddings"]
         word_weight = _word_weight(model, arguments)
-        if before_5 and arguments.get("attention_mask") is None:
-            model.warn_if_padding_and_no_attention_mask(input_ids, None)
         batch_size, seq_len = input_ids.shape
-        embed = partial(_embed, embeddings, arguments, positions_of)
-        batch = Batch(batch_size, seq_len, word_weight.shape[1], word_weight, plan.mask, embed)
-        hidden_states = encoders.run(plan.encoder, batch)
+        form = NO_MASK
+        if mask is not None:
+            form = padding_mask_form(mask, (batch_size, num_heads, seq_len, seq_len), word_weight)
+        positions = arguments.get("position_ids")
+        if positions is None and positions_of is not None:
+            positions = positions_of(input_ids, embeddings.padding_idx)
+        position_count = seq_len if positions is None else positions.numel()
+        if positions is None:  # those of the first tokens; slicing them takes longer than all this
+            positions = embeddings._buffers["position_ids"]
+        ids = (input_ids, positions, arguments.get("token_type_ids"))
+        return Batch(
+            batch_size,
+            seq_len,
+            word_weight.shape[1],
+            word_weight,
+            form,
+            partial(_embed, embeddings, ids, position_count),
+            lookup=Lookup(ids, position_count, tables),
+        )
+
+    def ahead(model: Any, arguments: dict[str, Any]) -> Ahead | None:
+        """While the device packs, embeds and runs the first layers, the host looks whether all of
+        the model is as it was in its last call; what the device reads until then is looked at here.
+        """
+        warm = _warm.get(id(model))
+        if warm is None or id(warm.model()) != id(model) or is_transformed():
+            return None
+        embeddings, word_weight = model._modules["embeddings"], _word_weight(model, arguments)
+        if watch_of(embeddings, word_weight) is not warm.watch:
+            return None
+        if _ids_reason(embeddings, arguments, word_weight) or not warm.watch.parameters_stay(0):
+            return None
+        batch = batch_of(model, arguments, warm.layers[0].num_heads, warm.watch.notes.tables)
+        forget = partial(_warm.pop, id(model), None)
+        ready = warm.stack_watch.parameters_stay
+        try:
+            return launch_ahead(warm.owner(), warm.layers, batch, ready, forget)
+        except RuntimeError:
+            return None  # the call itself meets it again, and says so
+
+    def forward(
+        plan: Plan, model: Any, arguments: dict[str, Any], ahead: Ahead | None = None
+    ) -> Any:
+        if before_5 and arguments.get("attention_mask") is None:
+            model.warn_if_padding_and_no_attention_mask(arguments["input_ids"], None)
+        # Not by tables of other parameters than the call was found to have.
+        if ahead is not None and ahead.tables is plan.tables:
+            batch = ahead.batch
+        else:
+            batch = batch_of(model, arguments, plan.encoder.layers[0].num_heads, plan.tables)
+        hidden_states = encoders.run(plan.encoder, batch, None, ahead)
+        if ahead is None and plan.encoder.unconfirmed is not None:
+            _note_warm(model, plan.encoder, batch.like)
         pooler = model.pooler  # no module where there is none
         pooled = pooler(hidden_states) if pooler is not None else None
         return make_output(last_hidden_state=hidden_states, pooler_output=pooled)
 
-    return Adapter(plan, forward, operand=_word_weight)
+    return Adapter(plan, forward, operand=_word_weight, ahead=ahead)
 
 
-def _output_reason(config: Any, arguments: dict[str, Any]) -> str | None:
+def _config_reason(config: Any) -> str | None:
     if config.is_decoder:
         return "the model is a decoder"
-    asked = [getattr(config, name) or arguments.get(name) for name in RECORDED]
-    if any(asked) or recorder():
-        return "outputs of the layers are recorded"
+    if any(getattr(config, name) for name in RECORDED):
+        return RECORDING
+    return None
+
+
+def _output_reason(arguments: dict[str, Any], return_dict_by_default: bool) -> str | None:
+    if any(arguments.get(name) for name in RECORDED) or recorder():
+        return RECORDING
     return_dict = arguments.get("return_dict")
-    if not (config.return_dict if return_dict is None else return_dict):
+    if not (return_dict_by_default if return_dict is None else return_dict):
         return "a tuple is to be returned"
     return None
 
@@ -174,24 +274,35 @@ def _embeddings_reason(embeddings: Any, cls: type, like: Tensor) -> str | None:
     )
 
 
+def _tables(embeddings: Any) -> tuple[int | float, ...]:
+    modules = embeddings._modules
+    norm = modules["LayerNorm"]
+    return lookup_tables(
+        [modules[name]._parameters["weight"] for name in TABLES],
+        norm._parameters["weight"],
+        norm._parameters["bias"],
+        norm.eps,
+    )
+
+
 def _embed(
-    embeddings: Any, arguments: dict[str, Any], positions_of: Any, tokens: Tensor, out: Tensor
+    embeddings: Any,
+    ids: tuple[Tensor, Tensor, Tensor | None],
+    position_count: int,
+    tokens: Tensor,
+    out: Tensor,
 ) -> None:
-    modules, input_ids = embeddings._modules, arguments["input_ids"]
+    modules = embeddings._modules
     word, position, token_type = (modules[name]._parameters["weight"] for name in TABLES)
-    positions = arguments.get("position_ids")
-    if positions is None and positions_of is not None:
-        positions = positions_of(input_ids, embeddings.padding_idx)
-    elif positions is None:
-        positions = embeddings._buffers["position_ids"][:, : input_ids.shape[1]]
+    input_ids, positions, token_type_ids = ids
     norm = modules["LayerNorm"]
     launch_embedding(
         out,
         input_ids,
         word,
-        positions,
+        positions.view(-1)[:position_count],
         position,
-        arguments.get("token_type_ids"),
+        token_type_ids,
         token_type,
         norm._parameters["weight"],
         norm._parameters["bias"],

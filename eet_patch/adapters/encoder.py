@@ -24,7 +24,7 @@ from eet_patch.adapters.host import (
     recorder,
     version_before,
 )
-from eet_patch.encoding.packed import Batch, EncoderLayer, encode
+from eet_patch.encoding.packed import Ahead, Batch, EncoderLayer, encode, head_tensors
 from eet_patch.gates import Watch, forget, note_sound, submodule_reason, watch_of
 from eet_patch.ops.packing import launch_gather_rows
 from eet_patch.patching import Adapter, Withdrawn
@@ -115,10 +115,12 @@ class Encoders:
             if reason is not None:
                 return reason
             packed, watch = tuple(map(self.layer.packed, modules)), None
+        if watch is not None and on_cuda:
+            return Encoder(encoder, modules, packed, watch, True)
         implementation = self.layer.implementation(modules[0])
         if " " in implementation:
             return implementation
-        return Encoder(encoder, modules, packed, watch if on_cuda else None, watch is not None)
+        return Encoder(encoder, modules, packed, None, watch is not None)
 
     def _reason(self, encoder: Any, modules: tuple[Any, ...], like: Tensor) -> str | None:
         if not modules:
@@ -133,34 +135,54 @@ class Encoders:
                 return reason
         return None
 
-    def run(self, encoder: Encoder, batch: Batch, visit: Any = None) -> Tensor:
+    def run(
+        self, encoder: Encoder, batch: Batch, visit: Any = None, ahead: Ahead | None = None
+    ) -> Tensor:
         """The last layer's output as a padded batch; raises `Withdrawn` where the original must
         run.
         """
-        out = _run(encoder, batch, visit)
+        out = self._run(encoder, batch, visit, ahead)
         if isinstance(out, str) and out == CHANGED:
             forget(encoder.module)
             again = self.checked(encoder.module, batch.like)
-            out = again if isinstance(again, str) else _run(again, batch, visit)
+            out = again if isinstance(again, str) else self._run(again, batch, visit)
         if isinstance(out, str):
             raise Withdrawn(out)
         return out
 
+    def _run(
+        self, encoder: Encoder, batch: Batch, visit: Any, ahead: Ahead | None = None
+    ) -> Tensor | str:
+        """The output, or why not; CHANGED if what was noted of the modules no longer holds."""
+        watch, ready = encoder.unconfirmed, None
+        if watch is not None:
+            if visit is not None:  # at once: what `visit` is shown can't be taken back
+                reason = self._unconfirmed_reason(encoder, watch, batch, False)
+                if reason is not None:
+                    return reason
+            ready = watch.parameters_stay
+        keep_padding = patching.keeps_padding()
+        owner = encoder.modules[0]
+        out = encode(owner, encoder.layers, batch, keep_padding, visit, ready, ahead)
+        if out is None:
+            return CHANGED
+        if watch is not None:
+            reason = self._unconfirmed_reason(encoder, watch, batch, True)
+            if reason is not None:
+                return reason
+        if not encoder.noted:
+            watch = note_sound(encoder.module, batch.like, encoder.layers)
+            if watch is not None:
+                watch.first_need(head_tensors(encoder.layers))
+        return out
 
-def _run(encoder: Encoder, batch: Batch, visit: Any) -> Tensor | str:
-    """The output, or why not; CHANGED if what was noted of the modules no longer holds."""
-    watch, ready = encoder.unconfirmed, None
-    if watch is not None:
-        if visit is not None and not watch.holds(batch.like):
-            return CHANGED  # at once: what `visit` is shown can't be taken back
-        ready = watch.parameters_stay
-    keep_padding = patching.keeps_padding()
-    out = encode(encoder.modules[0], encoder.layers, batch, keep_padding, visit, ready)
-    if out is None or (watch is not None and not watch.holds(batch.like)):
-        return CHANGED
-    if not encoder.noted:
-        note_sound(encoder.module, batch.like, encoder.layers)
-    return out
+    def _unconfirmed_reason(
+        self, encoder: Encoder, watch: Watch, batch: Batch, parameters_stay: bool
+    ) -> str | None:
+        if not watch.holds(batch.like, parameters_stay):
+            return CHANGED
+        implementation = self.layer.implementation(encoder.modules[0])
+        return implementation if " " in implementation else None
 
 
 def output_class(cls: type) -> Any:

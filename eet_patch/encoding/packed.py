@@ -10,6 +10,7 @@ runs of a call give the same bits, whichever of the two serves it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,8 @@ class Batch(NamedTuple):
         embed: (tokens, out) writes row r of the first layer's input to out[r], for the token at
             place tokens[r] of the padded batch, zeros where that is negative.
         padded: the input itself, (batch_size * seq_len, hidden_size), where it is there already.
+        lookup: what `embed` reads, where the mask is the same for all heads and queries and one
+            launch may do both.
     """
 
     batch_size: int
@@ -67,6 +70,7 @@ class Batch(NamedTuple):
     mask: Mask
     embed: Callable[[Tensor, Tensor], None]
     padded: Tensor | None = None
+    lookup: packing.Lookup | None = None
 
 
 class Shape(NamedTuple):
@@ -109,9 +113,9 @@ def run_layers(
     """(rows, hidden_size) packed tokens through all layers, the last of which writes to `out` if
     that is given; it may be hidden_states.
     """
-    for layer in layers[:-1]:
-        hidden_states = run_layer(hidden_states, layer, starts, shape)
-    return run_layer(hidden_states, layers[-1], starts, shape, out)
+    for i, layer in enumerate(layers[:-1]):
+        hidden_states = run_layer(hidden_states, layer, starts, shape, chained=i > 0)
+    return run_layer(hidden_states, layers[-1], starts, shape, out, chained=len(layers) > 1)
 
 
 def run_layer(
@@ -120,6 +124,7 @@ def run_layer(
     starts: packing.Starts,
     shape: Shape,
     out: Tensor | None = None,
+    chained: bool = False,
 ) -> Tensor:
     attended = blocks.attention_block(
         hidden_states,
@@ -135,6 +140,7 @@ def run_layer(
         max_seqlen=shape.longest,
         short_cu_seqlens=starts.short_cu_seqlens[: shape.batch_size + 1],
         num_alike=shape.num_alike,
+        chained=chained,
     )
     return blocks.ffn(
         attended,
@@ -146,7 +152,19 @@ def run_layer(
         layer.activation,
         layer.output_norm,
         out=out,
+        chained=True,
     )
+
+
+def head_tensors(layers: Sequence[EncoderLayer]) -> list[Tensor]:
+    """The parameters of the layers that are launched first, alone."""
+    found: list[Tensor | None] = []
+    for layer in layers[: pool.head_layers(len(layers))]:
+        norms = (layer.attention_norm, layer.output_norm)
+        found += [*layer.qkv_weights, *layer.qkv_biases, layer.out_weight, layer.out_bias]
+        found += [layer.fc1_weight, layer.fc1_bias, layer.fc2_weight, layer.fc2_bias]
+        found += [tensor for norm in norms for tensor in (norm.weight, norm.bias)]
+    return [tensor for tensor in found if tensor is not None]
 
 
 def encode(
@@ -155,11 +173,12 @@ def encode(
     batch: Batch,
     keep_padding: bool,
     visit: Visit | None = None,
-    ready: Callable[[], bool] | None = None,
+    ready: Callable[[int], bool] | None = None,
+    ahead: Ahead | None = None,
 ) -> Tensor | str | None:
     """The last layer's output, (batch_size, seq_len, hidden_size), or why the layers must be run
-    over the padding too; None if `ready`, asked while the device looks at the mask and before it
-    is sent on to the layers, says no.
+    over the padding too; None if `ready(0)` or `ready(1)` says no: asked before the device is sent
+    on to the first layers, while it looks at the mask, and to the others, while it does those.
 
     Args:
         owner: whose graphs are kept for as long as it lives.
@@ -169,7 +188,7 @@ def encode(
     if batch.like.device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return CAPTURED
-        return _encode_on_cuda(owner, layers, batch, keep_padding, visit, ready)
+        return _encode_on_cuda(owner, layers, batch, keep_padding, visit, ready, ahead)
     sizes = (batch.batch_size, batch.seq_len)
     padded_rows = batch.batch_size * batch.seq_len
     found = packing.launch_pack_tokens(
@@ -231,84 +250,234 @@ def _visited(
     return before
 
 
+class Launched(NamedTuple):
+    """What of a call on CUDA stands before its layers: packing, and the first layer's input where a
+    step has a buffer for all rows.
+    """
+
+    step: pool.Step | None
+    max_batch: int
+    answer: pool.Answer
+    starts: packing.Starts
+    places: packing.Places
+    hidden_states: Tensor | None
+
+
+class Begun(NamedTuple):
+    """What is known of a batch, and the graphs of its shape if the device runs the first of them.
+    Where the host did not wait for the device, its rows are all rows, and not known.
+    """
+
+    known: bool
+    rows: int
+    more: int
+    shape: Shape
+    settings: tuple[object, ...]
+    graphs: list[pool.Graph] | None
+
+
+class Ahead:
+    """A batch that the device works on already, while the host still looks whether it may: `taken`
+    by `encode`, or released.
+    """
+
+    __slots__ = ("_launched", "batch", "begun", "forget", "layers")
+
+    def __init__(
+        self,
+        launched: Launched,
+        begun: Begun | None,
+        layers: object,
+        batch: Batch,
+        forget: Callable[[], object],
+    ) -> None:
+        self._launched: Launched | None = launched
+        self.begun, self.layers, self.batch, self.forget = begun, layers, batch, forget
+
+    @property
+    def tables(self) -> object:
+        lookup = self.batch.lookup
+        return None if lookup is None else lookup.tables
+
+    def taken(self, layers: object, batch: Batch) -> Launched | None:
+        launched = self._launched
+        if launched is None or self.layers is not layers or self.batch is not batch:
+            return None
+        self._launched = None
+        return launched
+
+    def release(self) -> None:
+        launched, self._launched = self._launched, None
+        if launched is not None and launched.step is not None:
+            pool.give_back(launched.step)
+
+
+def launch_ahead(
+    owner: object,
+    layers: tuple[EncoderLayer, ...],
+    batch: Batch,
+    ready: Callable[[int], bool],
+    forget: Callable[[], object],
+) -> Ahead | None:
+    """On CUDA, packs and embeds a batch in a step of `owner`, if one is free, and sends the device
+    on to the first layers if there is a graph of them and `ready(0)`. `forget` is for whoever finds
+    that it should not have been.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    max_batch = _power_of_two(batch.batch_size, 1)
+    step = pool.borrow(owner, layers, batch.like, batch.hidden_size, max_batch)
+    if step is None:
+        return None
+    try:
+        launched = _launched(step, max_batch, layers, batch, None)
+        begun = _begin(launched, batch, False, True) if ready(0) else None
+        return Ahead(launched, begun, layers, batch, forget)
+    except BaseException:
+        pool.give_back(step)
+        raise
+
+
+def _begin(launched: Launched, batch: Batch, wait: bool, head: bool) -> Begun:
+    """Waits for the device to say how many rows are real, where that is worth it or `wait` says so;
+    with `head`, replays the graph of the first layers if it is there.
+    """
+    padded_rows = batch.batch_size * batch.seq_len
+    # The device may be waiting for the host: what can be known is known before it answers.
+    settings = pool.settings()
+    rows, longest, more = padded_rows, batch.seq_len, 0
+    several = batch.batch_size > 1 and padded_rows > FEW_TOKENS
+    known = batch.mask is NO_MASK
+    if not known and (several or wait):
+        rows, longest, more = launched.answer.wait(batch.like)
+        known = True
+    shape = Shape(rounded_rows(rows), launched.max_batch, _power_of_two(longest, 64))
+    if rows == padded_rows == shape.rows and known and batch.seq_len >= MIN_ALIKE_LEN:
+        shape = shape._replace(num_alike=batch.batch_size)
+    graphs = None
+    if head and rows and not more and launched.step and launched.hidden_states is not None:
+        graphs = launched.step.begin_graphs(shape, settings)
+    return Begun(known, rows, more, shape, settings, graphs)
+
+
 def _encode_on_cuda(
     owner: object,
     layers: tuple[EncoderLayer, ...],
     batch: Batch,
     keep_padding: bool,
     visit: Visit | None,
-    ready: Callable[[], bool] | None,
+    ready: Callable[[int], bool] | None,
+    ahead: Ahead | None = None,
 ) -> Tensor | str | None:
-    max_batch = _power_of_two(batch.batch_size, 1)
-    step = pool.borrow(owner, layers, batch.like, batch.hidden_size, max_batch)
+    launched, begun = None if ahead is None else ahead.taken(layers, batch), None
+    if launched is not None:
+        assert ahead is not None
+        step, begun = launched.step, ahead.begun
+    else:
+        if ahead is not None:
+            ahead.release()
+        max_batch = _power_of_two(batch.batch_size, 1)
+        step = pool.borrow(owner, layers, batch.like, batch.hidden_size, max_batch)
     try:
-        return _encode_by(step, max_batch, layers, batch, keep_padding, visit, ready)
+        if launched is None:
+            launched = _launched(step, max_batch, layers, batch, visit)
+        return _encode_by(launched, begun, layers, batch, keep_padding, visit, ready)
     finally:
         if step is not None:
             pool.give_back(step)
 
 
-def _encode_by(
+def _launched(
     step: pool.Step | None,
     max_batch: int,
     layers: tuple[EncoderLayer, ...],
     batch: Batch,
-    keep_padding: bool,
     visit: Visit | None,
-    ready: Callable[[], bool] | None,
-) -> Tensor | str | None:
+) -> Launched:
     padded_rows = batch.batch_size * batch.seq_len
     capacity = rounded_rows(padded_rows)
+    device = batch.like.device
     answer = (pool.Answer() if step is None else step.answer).next()
-    found = packing.launch_pack_tokens(
-        batch.mask,
-        batch.batch_size,
-        layers[0].num_heads,
-        batch.seq_len,
-        capacity,
-        max_batch,
-        batch.like,
-        None if step is None else step.starts,
-        answer.summary,
-        answer.ticket,
+    starts = packing.Starts.empty(max_batch, device) if step is None else step.starts
+    places = (packing.Places.empty if step is None else step.places)(
+        capacity, padded_rows, batch.batch_size, device
     )
-    starts = packing.Starts(found.cu_seqlens, found.short_cu_seqlens)
-    # Launched before the device has said how many of the rows are real: the others become zeros.
+    # Written before the device has said how many of the rows are real: the others become zeros.
     hidden_states = None if step is None or visit is not None else step.buffer(capacity)
-    if hidden_states is not None:
-        batch.embed(found.tokens, hidden_states)
-    if ready is not None and not ready():
-        return None
+    if hidden_states is not None and batch.lookup is not None:
+        packing.launch_pack_and_embed(
+            hidden_states,
+            batch.lookup,
+            batch.mask,
+            batch.batch_size,
+            batch.seq_len,
+            max_batch,
+            starts,
+            places,
+            answer.summary,
+            answer.ticket,
+        )
+    else:
+        packing.launch_pack_tokens(
+            batch.mask,
+            batch.batch_size,
+            layers[0].num_heads,
+            batch.seq_len,
+            capacity,
+            max_batch,
+            batch.like,
+            starts,
+            answer.summary,
+            answer.ticket,
+            places,
+        )
+        if hidden_states is not None:
+            batch.embed(places.tokens, hidden_states)
+    return Launched(step, max_batch, answer, starts, places, hidden_states)
 
-    rows, longest, more = padded_rows, batch.seq_len, 0
-    several = batch.batch_size > 1 and padded_rows > FEW_TOKENS
-    known = batch.mask is NO_MASK
-    if not known and (several or keep_padding or visit is not None):
-        rows, longest, more = answer.wait(batch.like)
-        known = True
-        if more:
-            return MORE_THAN_PADDING
-        if keep_padding and rows < padded_rows:
-            return PADDING_KEPT
+
+def _encode_by(
+    launched: Launched,
+    begun: Begun | None,
+    layers: tuple[EncoderLayer, ...],
+    batch: Batch,
+    keep_padding: bool,
+    visit: Visit | None,
+    ready: Callable[[int], bool] | None,
+) -> Tensor | str | None:
+    step, _, answer, starts, places, hidden_states = launched
+    wait = keep_padding or visit is not None
+    if begun is None or (wait and not begun.known):
+        if ready is not None and not ready(0):
+            return None
+        begun = _begin(launched, batch, wait, False)
+    known, rows, more, shape, settings, graphs = begun
+    if more:
+        return MORE_THAN_PADDING
+    if keep_padding and rows < batch.batch_size * batch.seq_len:
+        return PADDING_KEPT
 
     def laid_out(packed: Tensor) -> Tensor:
-        return _laid_out(packed, found.rows, batch)
+        return _laid_out(packed, places.rows, batch)
 
-    shape = Shape(rounded_rows(rows), max_batch, _power_of_two(longest, 64))
-    if rows == padded_rows == capacity and known and batch.seq_len >= MIN_ALIKE_LEN:
-        shape = shape._replace(num_alike=batch.batch_size)
     if hidden_states is None and step is not None and visit is None and rows:
         hidden_states = step.buffer(shape.rows)
         if hidden_states is not None:
-            batch.embed(found.tokens, hidden_states)
+            batch.embed(places.tokens, hidden_states)
     if hidden_states is not None and rows:
         assert step is not None
         buffer = hidden_states
-        packed = step.run(shape, layers, lambda: batch.embed(found.tokens, buffer))
+        again = partial(batch.embed, places.tokens, buffer)
+        ran = step.run(shape, settings, layers, again, ready, graphs)
+        if ran is None:
+            return None
+        packed = ran
     else:
+        if ready is not None and not ready(1):
+            return None
         packed = batch.like.new_empty(shape.rows, batch.hidden_size)
         if rows:
-            batch.embed(found.tokens, packed)
+            batch.embed(places.tokens, packed)
         if visit is not None:
             return _visited(packed, layers, starts, shape, visit, laid_out)
         if rows:

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,17 +18,22 @@ from torch import Tensor
 from eet_patch import patching, reporting
 from eet_patch.generation.step import plain_tensors
 from eet_patch.ops._extension import extension
-from eet_patch.ops.packing import Starts
+from eet_patch.ops.packing import Places, Starts
 
 if TYPE_CHECKING:
     from eet_patch.encoding.packed import EncoderLayer, Shape
 
 MAX_STEPS = 2  # of an encoder: one for each stream that calls it
-MAX_GRAPHS = 48  # of a step; the one that has waited longest gives way
+# Shapes of a step that have graphs; the one that has waited longest gives way. Texts sorted by length
+# and cut into batches of 32, as sentence encoders do, come in some 50 shapes, one after the other.
+MAX_GRAPHS = 160
 MAX_SEEN = 512  # shapes that a graph is made for when they come again
 # Buffers and scratch of a step. A batch of more tokens than fit keeps the GPU busy for longer than
 # its launches take, and runs without a graph.
-MAX_BYTES = 256 * 2**20
+MAX_BYTES = 384 * 2**20
+# A graph of so many layers goes ahead of the graph of the others, whose parameters are looked at
+# while the device does these.
+HEAD_LAYERS = 2
 LEAST_ROWS = 1024
 LEAST_BATCH = 256
 # Rows of hidden states that are alive at once, at most, while a layer runs: input, query, key,
@@ -89,7 +95,7 @@ class Graph:
         self._graph.replay()
 
 
-def _settings() -> tuple[object, ...]:
+def settings() -> tuple[object, ...]:
     """Of torch, which a graph of its products and attentions bakes in."""
     cuda = torch.backends.cuda
     try:
@@ -103,6 +109,10 @@ def _settings() -> tuple[object, ...]:
         cuda.flash_sdp_enabled(),
         cuda.cudnn_sdp_enabled(),
     )
+
+
+def head_layers(num_layers: int) -> int:
+    return HEAD_LAYERS if num_layers > 2 * HEAD_LAYERS else num_layers
 
 
 def _keep(held: OrderedDict[Any, Any], key: object, value: object, most: int) -> None:
@@ -122,10 +132,13 @@ class Step:
         self._layers: object = None
         self._device, self._hidden_size = like.device, hidden_size
         self._like = torch.empty(0, dtype=like.dtype, device=like.device)
-        self._graphs: OrderedDict[tuple[object, ...], Graph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[object, ...], list[Graph]] = OrderedDict()
         self._seen: OrderedDict[tuple[object, ...], None] = OrderedDict()
         self._graphs_work = True
         self._hidden_states: Tensor | None = None
+        self._parts: dict[int, Tensor] = {}  # the first rows of it
+        self._integers: Tensor | None = None
+        self._places: dict[tuple[int, int, int], Places] = {}
         self._pool: Any = None
         self._pool_bytes = 0
         self.answer = Answer()
@@ -135,6 +148,10 @@ class Step:
     def fits(self, like: Tensor, hidden_size: int) -> bool:
         mine = (self._like.dtype, self._device, self._hidden_size)
         return mine == (like.dtype, like.device, hidden_size)
+
+    def begun(self, layers: object, max_batch: int) -> bool:
+        """Whether it is ready for such a call as it is."""
+        return self._layers is layers and self.starts.cu_seqlens.shape[0] > max_batch
 
     def begin(self, layers: object, max_batch: int) -> None:
         """Makes the step ready for a call of up to `max_batch` sequences."""
@@ -149,10 +166,11 @@ class Step:
     def clear(self) -> None:
         self._graphs.clear()
         self._hidden_states, self._pool, self._pool_bytes = None, None, 0
+        self._parts.clear()
 
     def nbytes(self) -> int:
-        held = 0 if self._hidden_states is None else self._hidden_states.nbytes
-        return held + sum(t.nbytes for t in self.starts) + self._pool_bytes
+        held = (self._hidden_states, self._integers, *self.starts)
+        return sum(t.nbytes for t in held if t is not None) + self._pool_bytes
 
     def num_graphs(self) -> int:
         return len(self._graphs)
@@ -163,8 +181,11 @@ class Step:
         """
         if not self._graphs_work:
             return None
+        part = self._parts.get(rows)
+        if part is not None:
+            return part
         if self._hidden_states is not None and self._hidden_states.shape[0] >= rows:
-            return self._hidden_states[:rows]
+            return self._part(self._hidden_states, rows)
         row_bytes = self._hidden_size * self._like.itemsize * (1 + ROWS_ALIVE)
         capacity = max(LEAST_ROWS, 1 << (rows - 1).bit_length())
         if capacity * row_bytes > MAX_BYTES:
@@ -174,62 +195,120 @@ class Step:
         self.clear()  # before the larger ones are there
         with plain_tensors():
             self._hidden_states = self._like.new_empty(capacity, self._hidden_size)
-        return self._hidden_states[:rows]
+        return self._part(self._hidden_states, rows)
+
+    def _part(self, whole: Tensor, rows: int) -> Tensor:
+        """Slicing takes longer than looking up."""
+        if len(self._parts) >= MAX_SEEN:
+            self._parts.clear()
+        with plain_tensors():
+            part = self._parts[rows] = whole[:rows]
+        return part
+
+    def places(self, capacity: int, padded: int, batch: int, device: torch.device) -> Places:
+        """Room for what is found in one mask, which the step's next call writes to again."""
+        key = (capacity, padded, batch)
+        found = self._places.get(key)
+        if found is not None:
+            return found
+        count = capacity + padded + 2 * batch
+        if (
+            self._integers is None
+            or self._integers.shape[0] < count
+            or len(self._places) >= MAX_SEEN
+        ):
+            self._places.clear()
+        with plain_tensors():
+            if self._integers is None or self._integers.shape[0] < count:
+                # On this step's stream, where what reads the old one is queued already.
+                most = max(4 * LEAST_ROWS, 1 << (count - 1).bit_length())
+                self._integers = torch.empty(most, dtype=torch.int32, device=device)
+            found = self._places[key] = Places.within(self._integers, *key)
+        return found
+
+    def begin_graphs(self, shape: Shape, settings: tuple[object, ...]) -> list[Graph] | None:
+        """Replays the graph of the first layers, if there are graphs of the shape: these."""
+        graphs = self._graphs.get((shape, settings))
+        if graphs is not None:
+            graphs[0].replay()
+        return graphs
 
     def run(
-        self, shape: Shape, layers: Sequence[EncoderLayer], again: Callable[[], None]
-    ) -> Tensor:
-        """The rows in the buffer after the last layer; the step's next call overwrites them.
-        `again` writes the first layer's input to the buffer once more.
+        self,
+        shape: Shape,
+        settings: tuple[object, ...],
+        layers: Sequence[EncoderLayer],
+        again: Callable[[], None],
+        ready: Callable[[int], bool] | None,
+        begun: list[Graph] | None = None,
+    ) -> Tensor | None:
+        """The rows in the buffer after the last layer; the step's next call overwrites them. None
+        if `ready(1)` says no. `settings` are torch's, now; `again` writes the first layer's input
+        to the buffer once more; `begun`: of `begin_graphs`.
         """
         from eet_patch.encoding.packed import run_layers
 
         assert self._hidden_states is not None
-        buffer = self._hidden_states[: shape.rows]
-        key = (shape, _settings())
-        graph = self._graphs.get(key)
+        buffer = self._parts.get(shape.rows)
+        if buffer is None:
+            buffer = self._part(self._hidden_states, shape.rows)
+        key = (shape, settings)
+        graphs = begun or self._graphs.get(key)
+        if graphs is None and ready is not None and not ready(1):
+            return None
         # Once without a graph: a shape may never come again, and kernels are loaded at their first
         # launch, which a capture must not do.
-        if graph is None and key in self._seen:
-            graph = self._captured(buffer, layers, shape)
-        if graph is None:
+        if graphs is None and key in self._seen:
+            graphs, ready = self._captured(buffer, layers, shape), None
+        if graphs is None:
             _keep(self._seen, key, None, MAX_SEEN)
             return run_layers(buffer, layers, self.starts, shape)
         try:
-            graph.replay()
+            if begun is None:
+                graphs[0].replay()
+            if ready is not None and not ready(1):
+                return None
+            for graph in graphs[1:]:
+                graph.replay()
         except RuntimeError as error:
             self._give_up("launch", error)
+            if ready is not None and not ready(1):
+                return None
             again()
             return run_layers(buffer, layers, self.starts, shape)
-        _keep(self._graphs, key, graph, MAX_GRAPHS)
+        _keep(self._graphs, key, graphs, MAX_GRAPHS)
         return buffer
 
     def _captured(
         self, buffer: Tensor, layers: Sequence[EncoderLayer], shape: Shape
-    ) -> Graph | None:
+    ) -> list[Graph] | None:
         from eet_patch.encoding.packed import run_layers
 
-        def launch() -> None:
+        def launch(part: Sequence[EncoderLayer]) -> None:
             if self._pool_bytes == 0:
                 # One block for all graphs, out of which each takes its own: grown from graph to
                 # graph, the pool would keep what is too small for the next.
                 assert self._hidden_states is not None
                 self._hidden_states.new_empty(ROWS_ALIVE, *self._hidden_states.shape)
             # Onto the buffer that it came from: one address serves all graphs.
-            run_layers(buffer, layers, self.starts, shape, buffer)
+            run_layers(buffer, part, self.starts, shape, buffer)
 
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        before = torch.cuda.memory_reserved(self._device)
-        graph = Graph(self._device, self.stream, self._pool)
+        head, graphs = head_layers(len(layers)), []
         try:
             with plain_tensors():
-                graph.capture(launch)
+                for part in filter(None, (layers[:head], layers[head:])):
+                    before = torch.cuda.memory_reserved(self._device)
+                    graph = Graph(self._device, self.stream, self._pool)
+                    graph.capture(partial(launch, part))
+                    graphs.append(graph)
+                    taken = torch.cuda.memory_reserved(self._device) - before
+                    self._pool_bytes += max(0, taken)
         except RuntimeError as error:
             self._give_up("capture", error)
             return None
-        self._pool_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
-        return graph
+        return graphs
 
     def _give_up(self, what: str, error: RuntimeError) -> None:
         self._graphs_work = False
@@ -249,7 +328,14 @@ def borrow(
     """
     stream = torch._C._cuda_getCurrentRawStream(like.device.index)
     with _lock:
-        steps = _steps.setdefault(owner, [])
+        steps = _steps.get(owner)
+        if steps is None:
+            steps = _steps[owner] = []
+        for idle in steps:
+            if idle.stream == stream and not idle.busy and idle.fits(like, hidden_size):
+                if idle.begun(layers, max_batch):
+                    idle.busy = True
+                    return idle
         steps[:] = [step for step in steps if step.busy or step.fits(like, hidden_size)]
         step = next((s for s in steps if s.stream == stream), None)
         if step is None and len(steps) < MAX_STEPS:

@@ -43,6 +43,12 @@ def has_cuda() -> bool:
 
 
 HAS_CUDA = has_cuda()
+# Newer releases of torch tell a tensor's dtype and layout with its address: 192 parameters are
+# compared in 14 us, without that in 33.
+_exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+LAYOUTS_ARE_QUICK = (
+    EXTENSION is not None and _exchange is not None and EXTENSION.use_tensor_exchange(_exchange)
+)
 # MKL's products are as good as ours or better below AVX-512, where ours were measured at twice its
 # speed.
 CPU_PRODUCTS_ARE_OURS = (

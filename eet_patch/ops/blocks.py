@@ -27,6 +27,7 @@ from eet_patch.ops.launch import (
     uses_our_products,
 )
 from eet_patch.ops.stacked import stacked_linear
+from eet_patch.ops.tiles import linear_tiles, tile_for
 
 
 def attention_block(
@@ -50,6 +51,7 @@ def attention_block(
     mask_tensor: Tensor | None = None,
     short_cu_seqlens: Tensor | None = None,
     num_alike: int = 0,
+    chained: bool = False,
 ) -> Tensor:
     """Self-attention with its norm, projections and residual; hidden_states (batch, q_len,
     hidden_size) contiguous, or (total_tokens, hidden_size) when packed. `cache` is written in
@@ -57,7 +59,8 @@ def attention_block(
     as (total_tokens, num_heads, head_dim). `mask_tensor` is the bool or additive tensor behind
     `mask`, where torch's own attention may have it, and `short_cu_seqlens` is `cu_seqlens` in the
     form that torch's takes, which `num_alike` tells how many sequences of one length there are, if
-    they are.
+    they are. `chained`: the kernel ahead on the stream is one of the same call, so that it wrote no
+    weights.
     """
     if cu_seqlens is None:
         batch, q_len, hidden_size = hidden_states.shape
@@ -91,7 +94,9 @@ def attention_block(
     if norm.placement == "pre":
         query, key, value = project_qkv(flat, qkv_weights, qkv_biases, in_out, norm)
     else:
-        query, key, value = project_qkv(flat, qkv_weights, qkv_biases, in_out, NO_NORM)
+        query, key, value = project_qkv(
+            flat, qkv_weights, qkv_biases, in_out, NO_NORM, chained=chained
+        )
     if cu_seqlens is None:
         query, key, value = (
             t.unflatten(0, (batch, q_len)).unflatten(2, (num_heads, head_dim)).transpose(1, 2)
@@ -129,12 +134,19 @@ def attention_block(
         in_out,
         norm,
         flat if add_residual else None,
+        chained=True,
     )
     return out.view(hidden_states.shape)
 
 
 def project_qkv(
-    flat: Tensor, weights: Weights, biases: Biases, in_out: bool, norm: Norm, parts: int = 3
+    flat: Tensor,
+    weights: Weights,
+    biases: Biases,
+    in_out: bool,
+    norm: Norm,
+    parts: int = 3,
+    chained: bool = False,
 ) -> tuple[Tensor, ...]:
     """(rows, in_features) to `parts` views or tensors of (rows, out_features); `norm` is applied to
     the input.
@@ -143,6 +155,11 @@ def project_qkv(
         return linear(flat, weights, biases, in_out, norm=norm).chunk(parts, dim=1)
     if norm.placement is not None:
         flat = layernorm(flat, norm)
+        chained = True
+    tile = tile_for(flat, weights, biases, in_out)
+    if tile is not None:
+        product = linear_tiles(flat, weights, biases, tile, chained=chained)
+        return product.chunk(parts, dim=1)
     if len(weights) == 1:
         return torch_linear(flat, weights[0], biases[0], in_out).chunk(parts, dim=1)
     stacked = None if in_out else stacked_linear(flat, weights, biases)
@@ -169,6 +186,7 @@ def project_out(
     norm: Norm,
     residual: Tensor | None,
     out: Tensor | None = None,
+    chained: bool = False,
 ) -> Tensor:
     """The last product of a block with its residual, and the norm of a post-norm block, whose
     result goes to `out` if that is given.
@@ -177,11 +195,20 @@ def project_out(
         if uses_our_products(flat, flat.shape[0]):
             product = linear(flat, (weight,), (bias,), in_out, residual=residual)
             return layernorm(product, norm, product if out is None else out)
+        tile = tile_for(flat, (weight,), (bias,), in_out, residual=residual)
+        if tile is not None:
+            product = linear_tiles(
+                flat, (weight,), (bias,), tile, residual=residual, chained=chained
+            )
+            return layernorm(product, norm, product if out is None else out, chained=True)
         product = torch_linear(flat, weight, None, in_out)
         out = product if out is None else out
-        return bias_residual_layernorm(product, bias, residual, norm, out)
+        return bias_residual_layernorm(product, bias, residual, norm, out, chained=True)
     if uses_our_products(flat, flat.shape[0]):
         return linear(flat, (weight,), (bias,), in_out, residual=residual)
+    tile = tile_for(flat, (weight,), (bias,), in_out, residual=residual)
+    if tile is not None:
+        return linear_tiles(flat, (weight,), (bias,), tile, residual=residual, chained=chained)
     out = torch_linear(flat, weight, bias, in_out)
     return out if residual is None else out.add_(residual)
 
@@ -266,9 +293,10 @@ def ffn(
     norm: Norm,
     add_residual: bool = True,
     out: Tensor | None = None,
+    chained: bool = False,
 ) -> Tensor:
     """A feed-forward block with its norm and residual; hidden_states (..., hidden_size),
-    contiguous. A post-norm block writes to `out` if that is given.
+    contiguous. A post-norm block writes to `out` if that is given. `chained` as in attention_block.
     """
     hidden_size = hidden_states.shape[-1]
     rows = hidden_states.numel() // hidden_size
@@ -285,18 +313,11 @@ def ffn(
     if not uses_our_products(hidden_states, rows):
         flat = hidden_states.view(rows, hidden_size)
         normed = layernorm(flat, norm) if norm.placement == "pre" else flat
-        inner = torch_linear(normed, fc1_weight, None, in_out)
-        extension().bias_activation(
-            inner.data_ptr(),
-            inner.data_ptr(),
-            address(fc1_bias),
-            rows,
-            inner.shape[1],
-            ACTIVATION_CODES[activation],
-            *place(inner),
+        inner = _first_product(
+            normed, fc1_weight, fc1_bias, in_out, activation, chained or normed is not flat
         )
         residual = flat if add_residual else None
-        result = project_out(inner, fc2_weight, fc2_bias, in_out, norm, residual, out)
+        result = project_out(inner, fc2_weight, fc2_bias, in_out, norm, residual, out, chained=True)
         return result.view(hidden_states.shape)
     module, where = extension(), place(hidden_states)
     nbytes = module.ffn_workspace_bytes(rows, hidden_size, intermediate_size, where[0], where[1])
@@ -324,6 +345,30 @@ def ffn(
         *where,
     )
     return out
+
+
+def _first_product(
+    flat: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_out: bool,
+    activation: str | None,
+    chained: bool,
+) -> Tensor:
+    tile = tile_for(flat, (weight,), (bias,), in_out, activation)
+    if tile is not None:
+        return linear_tiles(flat, (weight,), (bias,), tile, activation, chained=chained)
+    inner = torch_linear(flat, weight, None, in_out)
+    extension().bias_activation(
+        inner.data_ptr(),
+        inner.data_ptr(),
+        address(bias),
+        inner.shape[0],
+        inner.shape[1],
+        ACTIVATION_CODES[activation],
+        *place(inner),
+    )
+    return inner
 
 
 def cross_attention_block(

@@ -213,6 +213,31 @@ def _torch_attends_packed(query: Tensor) -> bool:
     return allowed and has_tensor_cores(query.device.index)
 
 
+@functools.cache
+def has_packed_attention(device: int) -> bool:
+    """Whether the extension was built for this GPU's warpgroup instructions."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    return "90a" in extension().build_info()["cuda_archs"].split(";")
+
+
+PACKED_HEAD_DIMS = (32, 64, 128)
+
+
+def takes_packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, softmax_scale: float
+) -> bool:
+    """Whether packed tokens (rows, num_heads, head_dim) go to the extension's Hopper kernel."""
+    if query.device.type != "cuda" or query.dtype == torch.float32 or causal:
+        return False
+    if query.shape[2] not in PACKED_HEAD_DIMS or not softmax_scale > 0.0:
+        return False
+    for tensor in (query, key, value):
+        if tensor.data_ptr() % 16 or tensor.stride(0) % 8 or tensor.stride(1) % 8:
+            return False
+    return has_packed_attention(query.device.index)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -244,10 +269,11 @@ def attention(
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return context.transpose(1, 2).contiguous()
-    if short_cu_seqlens is not None and _torch_attends_packed(query):
-        alike = num_alike and torch.backends.cuda.cudnn_sdp_enabled()
-        if alike and has_cudnn_attention(query.device.index):
+    torch_attends = short_cu_seqlens is not None and _torch_attends_packed(query)
+    if torch_attends and num_alike and torch.backends.cuda.cudnn_sdp_enabled():
+        if has_cudnn_attention(query.device.index):
             return _cudnn_attention(query, key, value, num_alike, causal, softmax_scale)
+    if torch_attends and not takes_packed_attention(query, key, value, causal, softmax_scale):
         return torch.ops.aten._flash_attention_forward(
             query,
             key,
@@ -266,6 +292,7 @@ def attention(
         num_kv_heads, kv_len = key.shape[1], key.shape[2]
         out = query.new_empty(batch, q_len, num_heads, head_dim)
         out_strides = (q_len * num_heads * head_dim, head_dim, num_heads * head_dim)
+        total = 0
         q_strides, k_strides, v_strides = (t.stride()[:3] for t in (query, key, value))
     else:
         total, num_heads, head_dim = query.shape
@@ -307,12 +334,16 @@ def attention(
         softmax_scale,
         address(workspace),
         nbytes,
+        total,
         *where,
     )
     return out
 
 
-def layernorm(flat: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
+def layernorm(flat: Tensor, norm: Norm, out: Tensor | None = None, chained: bool = False) -> Tensor:
+    """`chained`: the kernel ahead on the stream is one of the same call, so that it wrote no
+    parameter, and this one may start before it has ended.
+    """
     rows, hidden_size = flat.shape
     out = torch.empty_like(flat) if out is None else out
     extension().layernorm(
@@ -324,13 +355,20 @@ def layernorm(flat: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
         hidden_size,
         norm.eps,
         *place(flat),
+        chained,
     )
     return out
 
 
 def bias_residual_layernorm(
-    flat: Tensor, bias: Tensor | None, residual: Tensor | None, norm: Norm, out: Tensor
+    flat: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm: Norm,
+    out: Tensor,
+    chained: bool = False,
 ) -> Tensor:
+    """`chained` as in `layernorm`."""
     rows, hidden_size = flat.shape
     extension().bias_residual_layernorm(
         out.data_ptr(),
@@ -344,5 +382,6 @@ def bias_residual_layernorm(
         hidden_size,
         norm.eps,
         *place(flat),
+        chained,
     )
     return out

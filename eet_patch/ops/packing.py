@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from eet_patch.ops._extension import MASK_INT_KEEP, extension, place
 from eet_patch.ops.checks import check_contiguous, check_dim, check_operand, check_tensor
-from eet_patch.ops.launch import Mask
+from eet_patch.ops.launch import Mask, address
 from eet_patch.ops.masks import attention_mask_form
 from eet_patch.ops.registration import registered
 
@@ -45,6 +46,54 @@ class Starts(NamedTuple):
         return cls(starts, torch.empty_like(starts, dtype=torch.int32))
 
 
+class Places(NamedTuple):
+    """The part of a `Packing` that is of a call alone, and scratch: room for it may serve many."""
+
+    tokens: Tensor
+    rows: Tensor
+    scratch: Tensor
+
+    @classmethod
+    def empty(cls, capacity: int, padded: int, batch: int, device: torch.device) -> Places:
+        integers = torch.empty(capacity + padded + 2 * batch, dtype=torch.int32, device=device)
+        return cls.within(integers, capacity, padded, batch)
+
+    @classmethod
+    def within(cls, integers: Tensor, capacity: int, padded: int, batch: int) -> Places:
+        end = capacity + padded + 2 * batch
+        return cls(*integers[:end].split((capacity, padded, 2 * batch)))
+
+
+class Lookup(NamedTuple):
+    """What `pack_and_embed` reads of a call and of a model.
+
+    Attributes:
+        ids: of tokens, positions and token types (or None), as `embedding` takes them; kept alive.
+        position_count: how many of the positions count, a sequence's or all sequences'.
+        tables: addresses and sizes, by `lookup_tables`.
+    """
+
+    ids: tuple[Tensor, Tensor, Tensor | None]
+    position_count: int
+    tables: tuple[int | float, ...]
+
+
+def lookup_tables(
+    tables: Sequence[Tensor], norm_weight: Tensor, norm_bias: Tensor | None, eps: float
+) -> tuple[int | float, ...]:
+    """Of words, positions and token types, as the extension takes them: good for as long as they
+    lie where they lie.
+    """
+    return (
+        *(table.data_ptr() for table in tables),
+        *(table.shape[0] for table in tables),
+        norm_weight.data_ptr(),
+        address(norm_bias),
+        tables[0].shape[1],
+        eps,
+    )
+
+
 def padding_mask_form(mask: Tensor, sizes: tuple[int, int, int, int], like: Tensor) -> Mask:
     """A mask as `pack_tokens` takes it: (batch, seq_len) bool or int64, or 4-D as attention's."""
     if mask.dim() == 2 and tuple(mask.shape) == (sizes[0], sizes[3]):
@@ -65,14 +114,14 @@ def launch_pack_tokens(
     starts: Starts | None = None,
     summary: Tensor | None = None,
     ticket: int = 0,
+    places: Places | None = None,
 ) -> Packing:
     """`pack_tokens` without its checks, for a mask over (batch, num_heads, seq_len, seq_len). A
     `summary` (4,) in pinned memory gets the `ticket` last.
     """
     device, padded = like.device, batch * seq_len
     cu_seqlens, short_cu_seqlens = starts or Starts.empty(max_batch, device)
-    integers = torch.empty(capacity + padded + 2 * batch, dtype=torch.int32, device=device)
-    tokens, rows, scratch = integers.split((capacity, padded, 2 * batch))
+    tokens, rows, scratch = places or Places.empty(capacity, padded, batch, device)
     if summary is None:
         summary = torch.empty(4, dtype=torch.int64, device=device)
     extension().pack_tokens(
@@ -93,6 +142,47 @@ def launch_pack_tokens(
         *place(like),
     )
     return Packing(tokens, rows, cu_seqlens, short_cu_seqlens, summary[:3])
+
+
+def launch_pack_and_embed(
+    out: Tensor,
+    lookup: Lookup,
+    mask: Mask,
+    batch: int,
+    seq_len: int,
+    max_batch: int,
+    starts: Starts,
+    places: Places,
+    summary: Tensor,
+    ticket: int,
+) -> None:
+    """`pack_tokens` of a mask that is the same for all heads and queries, and `embedding` of the
+    real tokens, in one call, without their checks: `out` (capacity, hidden_size) gets zeros behind
+    them.
+    """
+    input_ids, position_ids, token_type_ids = lookup.ids
+    extension().pack_and_embed(
+        places.tokens.data_ptr(),
+        places.rows.data_ptr(),
+        places.scratch.data_ptr(),
+        starts.cu_seqlens.data_ptr(),
+        starts.short_cu_seqlens.data_ptr(),
+        summary.data_ptr(),
+        ticket,
+        mask,
+        batch,
+        seq_len,
+        out.shape[0],
+        max_batch,
+        out.data_ptr(),
+        input_ids.data_ptr(),
+        position_ids.data_ptr(),
+        lookup.position_count,
+        address(token_type_ids),
+        1 if token_type_ids is None else token_type_ids.numel(),
+        lookup.tables,
+        *place(out),
+    )
 
 
 def pack_tokens(

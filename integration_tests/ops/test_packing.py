@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from eet_patch import ops
+from eet_patch.ops import packing
 from eet_patch.testing import inputs
 
 
@@ -37,7 +38,7 @@ def check(packing, keep):
     assert torch.equal(packing.short_cu_seqlens.long(), starts)
 
 
-SIZES = [(1, 1), (3, 7), (2, 300), (300, 2), (5, 1100)]
+SIZES = [(1, 1), (3, 7), (2, 300), (300, 2), (5, 1100), (9, 1100), (300, 40)]
 KINDS = ["full", "none", "right", "left", "random"]
 
 
@@ -119,6 +120,47 @@ def test_embedding_of_packed_tokens(device, dtype, hidden_size):
     out = ops.embedding(ids, *tables, tokens=tokens)
     expected = ops.embedding(ids, *tables).view(15, hidden_size)[tokens.clamp(min=0).long()]
     assert torch.equal(out, expected.masked_fill((tokens < 0)[:, None], 0))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("hidden_size", [7, 64, 768, 1024])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pack_and_embed(device, dtype, kind, hidden_size):
+    """Both in one launch, into room that holds what other calls left there, against one by one."""
+    batch, seq_len, capacity, max_batch = 3, 70, 224, 4
+    keep = keep_of(kind, batch, seq_len, device)
+    words, places = inputs.randn(2, 50, hidden_size, dtype=dtype, device=device)
+    types = inputs.randn(2, hidden_size, dtype=dtype, device=device)
+    weight, bias = inputs.randn(2, hidden_size, dtype=dtype, device=device)
+    ids = torch.randint(0, 50, (batch, seq_len), device=device)
+    positions = torch.arange(100, device=device)[None] % 50
+    starts = packing.Starts.empty(max_batch, torch.device(device))
+    integers = torch.full((2000,), 7, dtype=torch.int32, device=device)
+    room = packing.Places.within(integers, capacity, batch * seq_len, batch)
+    summary = torch.zeros(4, dtype=torch.int64, device=device)
+    out = torch.full((capacity, hidden_size), 3.0, dtype=dtype, device=device)
+    tables = packing.lookup_tables((words, places, types), weight, bias, 1e-12)
+    mask = packing.padding_mask_form(keep, (batch, 1, seq_len, seq_len), out)
+    lookup = packing.Lookup((ids, positions, ids % 2), seq_len, tables)
+    packing.launch_pack_and_embed(
+        out, lookup, mask, batch, seq_len, max_batch, starts, room, summary, 5
+    )
+    found = packing.Packing(*room[:2], *starts, summary[:3])
+    starts_so_far = packing.Starts(*(t[: batch + 1] for t in starts))
+    check(found._replace(**starts_so_far._asdict()), keep)
+    assert summary[3] == 5 and (starts.cu_seqlens[batch:] == keep.sum()).all()
+    expected = ops.embedding(
+        ids,
+        words,
+        positions[:, :seq_len],
+        places,
+        ids % 2,
+        types,
+        weight,
+        bias,
+        tokens=room.tokens,
+    )
+    assert torch.equal(out, expected)
 
 
 def test_arguments():

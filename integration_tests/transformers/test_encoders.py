@@ -394,6 +394,89 @@ def test_hooks_that_come_later_are_called(device, path):
         assert len(called) == 3 and eet_patch.report()["bert_model"].replaced == 3
 
 
+@pytest.mark.parametrize("layer", [0, 1, 2, 5])
+def test_parameters_that_move_between_calls(device, layer):
+    """Of the layers that are launched ahead, and of the others."""
+    model, inputs = tiny_bert("bert", device, num_hidden_layers=6), batch_of("right", device)
+    keep = inputs["attention_mask"].bool()
+    changed = model.encoder.layer[layer].output.LayerNorm
+    with torch.no_grad():
+        for round in range(3):
+            with eet_patch.enabled():
+                for _ in range(4):
+                    out = model(**inputs)[0]
+                if round < 2:
+                    changed.weight.data = changed.weight * 1.5
+                    out = model(**inputs)[0]
+            own = model(**inputs)[0]
+            torch.testing.assert_close(out[keep], own[keep], rtol=1e-4, atol=1e-4)
+    row = eet_patch.report()["bert_model"]
+    assert row.fallbacks == {} and row.replaced == 14
+
+
+def replace_words(embeddings):
+    weight = embeddings.word_embeddings.weight
+    embeddings.word_embeddings.weight = torch.nn.Parameter(weight * 0.5)
+
+
+def move_positions(embeddings):
+    table = embeddings.position_embeddings
+    table.weight.data = table.weight * 2.0
+
+
+def other_norm(embeddings):
+    norm = torch.nn.LayerNorm(32, eps=0.1, device=embeddings.LayerNorm.weight.device)
+    embeddings.LayerNorm = norm.eval()
+
+
+CHANGES = {
+    "in place": lambda e: e.word_embeddings.weight.mul_(0.5),
+    "parameter": replace_words,
+    "data": move_positions,
+    "module": other_norm,
+    "eps": lambda e: setattr(e.LayerNorm, "eps", 0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_embeddings_that_change_between_calls(device, change):
+    """Although they are launched before the model was looked at."""
+    model, inputs = tiny_bert("bert", device, num_hidden_layers=6), batch_of("right", device)
+    keep = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        with eet_patch.enabled():
+            for _ in range(4):
+                before = model(**inputs)[0]
+            CHANGES[change](model.embeddings)
+            outs = [model(**inputs)[0] for _ in range(3)]
+        own = model(**inputs)[0]
+    assert (before - own)[keep].abs().max() > 1e-2
+    for out in outs:
+        torch.testing.assert_close(out[keep], own[keep], rtol=1e-4, atol=1e-4)
+    row = eet_patch.report()["bert_model"]
+    assert row.fallbacks == {} and row.replaced == 7
+
+
+def test_calls_that_are_refused_after_they_were_launched(device):
+    """They leave nothing behind: the next call goes through, and so does one beside them."""
+    model, inputs = tiny_bert("bert", device, num_hidden_layers=6), batch_of("right", device)
+    keep = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        own = model(**inputs)[0]
+        with eet_patch.enabled():
+            for _ in range(3):
+                for _ in range(3):
+                    out = model(**inputs)[0]
+                    torch.testing.assert_close(out[keep], own[keep], rtol=1e-4, atol=1e-4)
+                states = model(**inputs, output_hidden_states=True).hidden_states
+                torch.testing.assert_close(states[-1][keep], own[keep], rtol=1e-4, atol=1e-4)
+            with torch.enable_grad():
+                assert model(**inputs)[0].requires_grad
+            out = model(**inputs)[0]
+    torch.testing.assert_close(out[keep], own[keep], rtol=1e-4, atol=1e-4)
+    assert eet_patch.report()["bert_model"].replaced == 10
+
+
 def test_threads(device):
     model = tiny_bert("bert", device)
     batches = [batch_of("right", device, (size, 5, 9)) for size in (11, 30, 64, 80)]

@@ -1,0 +1,45 @@
+// The tiles that products of many rows (linear_tiles.cuh) come in, and who shares what.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "ops.h"
+
+namespace eet_patch::cuda {
+
+// What two neighbouring blocks bring for each other: nothing, the input (they stand side by side in
+// a row of tiles), or the weight (one below the other).
+enum class TilePair : int { kNone = 0, kInput = 1, kWeight = 2 };
+
+struct TileShape {
+  int halves;  // times 64 rows for each warpgroup
+  int columns;
+  bool together;  // two warpgroups share a tile, of twice as many rows
+  int rows() const { return 64 * halves * (together ? 2 : 1); }
+};
+
+// Each entry is a kernel: launch_linear_tiles lists them in this order.
+constexpr TileShape kTileShapes[] = {{2, 96, false},  {2, 112, false}, {2, 128, false},
+                                     {2, 160, false}, {2, 192, false}, {2, 208, false},
+                                     {1, 128, true},  {1, 192, true},  {1, 256, true},
+                                     {1, 64, false},  {1, 128, false}, {1, 256, false}};
+constexpr int kNumTileShapes = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
+constexpr int kNumTiles = 3 * kNumTileShapes;  // tile / kNumTileShapes is what pairs share
+
+// Tiles of 128 rows whose k a cluster splits (linear_split.cuh) follow: each width with each size
+// of cluster.
+constexpr int kSplitColumns[] = {32, 64, 96};
+constexpr int kSplitRanks[] = {1, 2, 3, 4, 6, 8};
+constexpr int kNumSplitRanks = sizeof(kSplitRanks) / sizeof(kSplitRanks[0]);
+constexpr int kNumSplits = 3 * kNumSplitRanks;
+constexpr int kSplitRows = 128;
+
+template <typename T>
+cudaError_t launch_linear_split(const LinearArgs& args, int columns, int ranks, bool chained,
+                                cudaStream_t stream);
+
+template <typename T>
+cudaError_t launch_linear_tiles(const LinearArgs& args, int shape, TilePair pair,
+                                cudaStream_t stream);
+
+}  // namespace eet_patch::cuda

@@ -1,0 +1,87 @@
+"""linear_tiles: every size of tile and what pairs of blocks share, over least, odd and real sizes.
+On the CPU, and without a tile, the same products by the extension's other code.
+"""
+
+import pytest
+import torch
+
+from eet_patch.ops import tiles
+from eet_patch.testing import assert_as_accurate_as_torch, inputs, reference
+
+NUM_TILES = 54
+ACTIVATIONS = ["gelu", "gelu_tanh", "relu", "silu", None]
+SHAPES = [(1, 8, 8), (63, 72, 200), (129, 776, 1032), (300, 768, 2304), (2177, 72, 328)]
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def half(request):
+    return request.param
+
+
+@pytest.fixture(params=range(NUM_TILES))
+def tile(request, device):
+    if request.param != 0 and (device.type == "cpu" or not tiles.has_tiles(0)):
+        pytest.skip("needs a Hopper GPU and an extension built for it")
+    if device.type == "cuda" and not tiles.has_tiles(device.index or 0):
+        pytest.skip("needs a Hopper GPU and an extension built for it")
+    return request.param
+
+
+def check(shape, dtype, device, tile, activation=None, residual=False, bias=True, num_weights=1):
+    rows, in_features, out_features = shape
+    given = inputs.linear_inputs(
+        (rows, in_features), num_weights * out_features, dtype, device, bias=bias, residual=residual
+    )
+
+    def call(hidden_states, weight, bias=None, weight_layout="out_in", residual=None):
+        weights = weight.chunk(num_weights)
+        biases = (None,) * num_weights if bias is None else bias.chunk(num_weights)
+        assert device.type == "cpu" or tiles.takes_tiles(hidden_states, weights, biases, False)
+        return tiles.linear_tiles(hidden_states, weights, biases, tile, activation, residual)
+
+    def expected(**given):
+        return reference.linear(**given, activation=activation)
+
+    assert_as_accurate_as_torch(call(**given), expected, **given)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_tiles(device, half, tile, shape):
+    check(shape, half, device, tile, "gelu")
+    check(shape, half, device, tile, residual=True)
+    check(shape, half, device, tile, num_weights=3)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_tiles_of_each_activation(device, half, tile, activation, bias):
+    check((200, 136, 264), half, device, tile, activation, bias=bias)
+
+
+@pytest.mark.parametrize("num_weights", [1, 3])
+@pytest.mark.parametrize("residual", [True, False])
+def test_linear_tiles_of_several_weights(device, half, tile, num_weights, residual):
+    check((131, 64, 40), half, device, tile, residual=residual, num_weights=num_weights)
+
+
+def test_linear_tiles_twice(device, half, tile):
+    """The same bits."""
+    given = inputs.linear_inputs((700, 776), 1032, half, device)
+    weights, biases = (given["weight"],), (given["bias"],)
+    outs = [
+        tiles.linear_tiles(given["hidden_states"], weights, biases, tile, "gelu") for _ in range(2)
+    ]
+    assert torch.equal(*outs)
+
+
+def test_takes_tiles(device):
+    x = torch.randn(9, 64, dtype=torch.float16, device=device)
+    weight = torch.randn(24, 64, dtype=torch.float16, device=device)
+    takes = device.type == "cuda" and tiles.has_tiles(device.index or 0)
+    assert tiles.takes_tiles(x, (weight,), (None,), False) == takes
+    assert not tiles.takes_tiles(x, (weight,), (None,), True)
+    assert not tiles.takes_tiles(x.float(), (weight.float(),), (None,), False)
+    assert not tiles.takes_tiles(x, (weight[:20],), (None,), False)
+    assert not tiles.takes_tiles(x[:, :60].contiguous(), (weight[:, :60],), (None,), False)
+    apart = torch.randn(9 * 64 + 1, dtype=torch.float16, device=device)[1:].view(9, 64)
+    assert not tiles.takes_tiles(apart, (weight,), (None,), False)
