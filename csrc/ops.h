@@ -138,6 +138,7 @@ struct AttentionArgs {
                     // CPU: unused
   int64_t workspace_bytes;
   int64_t total_tokens;  // packed: tokens of query, key and value; 0: not known
+  int tile = -1;         // CUDA, packed: a size of tile (packed_attention.cu), < 0: chosen
 };
 
 // One attention block: norm placement, q/k/v projections, K and V written to the cache at

@@ -301,10 +301,12 @@ void run_packed_tiles(DType dtype, int64_t head_dim) {
   args.batch = 4;
   args.head_dim = head_dim;
   args.total_tokens = kTokens;
-  for (const int64_t longest : {450, 512}) {
-    args.q_len = args.kv_len = longest;
-    call_attention(args, dtype, memory);
+  args.q_len = args.kv_len = 512;
+  for (const int tile : {-1, 2, 4, 5, 6}) {
+    args.tile = tile;
+    if (tile < 0 || head_dim == 64) call_attention(args, dtype, memory);
   }
+  args.tile = -1;
   args.cu_seqlens = memory.integers({0, 5, 5, 133});
   args.batch = 3;
   args.q_len = args.kv_len = 128;

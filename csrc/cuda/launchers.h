@@ -40,9 +40,9 @@ cudaError_t launch_decode_attention(const AttentionArgs& args, cudaStream_t stre
 bool takes_decode_attention(const AttentionArgs& args);
 int64_t decode_attention_workspace_bytes(const AttentionArgs& args);
 
-// Packed sequences with no mask and no order, on sm_90a.
+// Packed sequences with no mask and no order, on sm_90a. Always chained: any kernel may be ahead.
 template <typename T>
-cudaError_t launch_packed_attention(const AttentionArgs& args, cudaStream_t stream, bool chained);
+cudaError_t launch_packed_attention(const AttentionArgs& args, cudaStream_t stream);
 bool takes_packed_attention(const AttentionArgs& args);
 
 }  // namespace eet_patch::cuda
