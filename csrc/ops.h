@@ -102,6 +102,8 @@ struct LinearArgs {
   DType dtype;
 };
 constexpr int64_t kMaxSkinnyRows = 64;
+// Of decode_layers on CUDA. Up to decode_layers_best_rows of them its products are the faster ones.
+constexpr int64_t kMaxStepRows = 256;
 
 // out = softmax(scale * query @ key^T + mask) @ value, per (batch, head).
 // Padded form: cu_seqlens null, every batch row has q_len queries and kv_len keys. Packed form:
@@ -180,7 +182,7 @@ struct FfnArgs {
 // Attention of one new token of every row over what a cache holds of it. Row r's keys are positions
 // kv_start[r] (0 where null) up to lengths[r] of its cache row (cache_rows[r], or r where null);
 // with `key_rows` position p stands in cache row key_rows[r * capacity + p] instead. `appends`: key
-// and value of the new token stand part_stride and 2 * part_stride behind its query; they go to
+// and value of the new token stand key_offset and value_offset behind its query; they go to
 // position lengths[r] of the row's cache row and are seen. A row without keys yields zeros.
 // `weights`, where not null, gets the mean over the heads of the attention weights: num_weights of
 // them, zeros where there is no key, at row weight_rows[r] (r where null) and position
@@ -188,7 +190,7 @@ struct FfnArgs {
 struct StepAttentionArgs {
   void* out;          // (rows, num_heads * head_dim)
   const void* query;  // (rows, num_heads * head_dim), rows query_stride apart
-  int64_t query_stride, part_stride;
+  int64_t query_stride, key_offset, value_offset;
   void *key_cache, *value_cache;  // (cache rows, num_heads, capacity, head_dim), by cache_strides
   HeadStrides cache_strides;
   const int32_t* lengths;     // (rows,)
@@ -469,6 +471,7 @@ Status beam_step(const BeamStepArgs& args, const Context& context);
 Status hypothesis_step(const HypothesisStepArgs& args, const Context& context);
 int64_t select_token_workspace_bytes(const SelectTokenArgs& args);
 int64_t top_candidates_workspace_bytes(const TopCandidatesArgs& args);
+int64_t decode_layers_best_rows(DType dtype);
 }  // namespace cuda
 
 #undef EET_DECLARE_OPS

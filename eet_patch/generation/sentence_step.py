@@ -25,7 +25,6 @@ from eet_patch.generation.step import Appended, plain_tensors
 from eet_patch.ops import blocks, decode
 from eet_patch.ops._extension import extension, place
 from eet_patch.ops.launch import (
-    MAX_SKINNY_ROWS,
     NO_NORM,
     KVCache,
     Norm,
@@ -141,11 +140,9 @@ class SentenceStep:
             )
         self.layers = tuple(layers)
         self._table = decode.pack_layers(layers, False, model.post_norm)
-        most = self.rows  # that `decode_layers` gets
-        while most and not uses_our_products(self.hidden_states, most):
-            most = most // 2 if most > 2 * MAX_SKINNY_ROWS else most - 1
+        self._fused_rows = min(self.rows, decode.best_rows(self.hidden_states))
         self._workspace = decode.decode_layers_workspace(
-            self._table, model.word_weight, max(most, 1)
+            self._table, model.word_weight, self._fused_rows
         )
 
     def grow(self, model: SentenceDecoder, capacity: int) -> None:
@@ -322,10 +319,11 @@ class SentenceStep:
     def _launch(self, model: SentenceDecoder, rows: int) -> None:
         hidden_states, logits = self.hidden_states[:rows], self.logits[:rows]
         self._embed(model, hidden_states, self.input_ids[:rows], self.position_ids[:rows])
-        if uses_our_products(hidden_states, rows):
+        if rows <= self._fused_rows:
             norm = model.final_norm
             head = None
-            if model.project_out is None and model.head_bias is None:
+            skinny = uses_our_products(hidden_states, rows)
+            if skinny and model.project_out is None and model.head_bias is None:
                 head = decode.DecodeHead(model.head_weight, norm.weight, norm.bias, logits)
             decode.launch_decode_layers(
                 hidden_states,
@@ -346,12 +344,17 @@ class SentenceStep:
             if head is not None:
                 return
             states = hidden_states
+            if not skinny:
+                self._head(model, states, logits)
+                return
             if model.project_out is not None:
                 weight, bias = model.project_out
                 states, norm = linear(states, (weight,), (bias,), False, norm=norm), NO_NORM
             linear(states, (model.head_weight,), (model.head_bias,), False, norm=norm, out=logits)
             return
-        states = self._through_layers(model, hidden_states)
+        self._head(model, self._through_layers(model, hidden_states), logits)
+
+    def _head(self, model: SentenceDecoder, states: Tensor, logits: Tensor) -> None:
         product_into(logits, before_head(model, states), model.head_weight, model.head_bias)
 
     def _view(self) -> decode.CrossView | None:
@@ -402,25 +405,26 @@ class SentenceStep:
             layernorm(out, model.embed_norm, out)
 
     def _through_layers(self, model: SentenceDecoder, hidden_states: Tensor) -> Tensor:
-        rows, hidden_size = hidden_states.shape
         placement = "post" if model.post_norm else "pre"
-        parts = hidden_states.new_empty(3, rows, hidden_size)
         context = torch.empty_like(hidden_states)
         for layer in self.layers:
             norm = Norm(placement, layer.norm1_weight, layer.norm1_bias, model.norm_eps)
-            normed = hidden_states if model.post_norm else layernorm(hidden_states, norm)
-            for part, weight, bias in zip(parts, layer.qkv_weights, layer.qkv_biases, strict=True):
-                product_into(part, normed, weight, bias)
+            query, key, value = blocks.project_qkv(
+                hidden_states,
+                layer.qkv_weights,
+                layer.qkv_biases,
+                False,
+                NO_NORM if model.post_norm else norm,
+            )
             decode.launch_step_attention(
                 context,
-                parts[0],
+                query,
                 layer.key_cache,
                 layer.value_cache,
                 model.num_heads,
                 layer.softmax_scale,
                 self.lengths,
-                appends=True,
-                part_stride=rows * hidden_size,
+                new=(key, value),
                 cache_rows=self.slots,
                 key_rows=self.key_rows,
             )
@@ -452,7 +456,6 @@ class SentenceStep:
             model.num_heads,
             layer.softmax_scale,
             self.cross_lengths,
-            appends=False,
             kv_start=self.cross_start,
             cache_rows=self.cross_rows,
             weights=self.weights if layer is self.layers[-1] else None,

@@ -285,16 +285,7 @@ def ffn(
     if not uses_our_products(hidden_states, rows):
         flat = hidden_states.view(rows, hidden_size)
         normed = layernorm(flat, norm) if norm.placement == "pre" else flat
-        inner = torch_linear(normed, fc1_weight, None, in_out)
-        extension().bias_activation(
-            inner.data_ptr(),
-            inner.data_ptr(),
-            address(fc1_bias),
-            rows,
-            inner.shape[1],
-            ACTIVATION_CODES[activation],
-            *place(inner),
-        )
+        inner = _activated_linear(normed, fc1_weight, fc1_bias, in_out, activation)
         residual = flat if add_residual else None
         result = project_out(inner, fc2_weight, fc2_bias, in_out, norm, residual, out)
         return result.view(hidden_states.shape)
@@ -324,6 +315,24 @@ def ffn(
         *where,
     )
     return out
+
+
+def _activated_linear(
+    flat: Tensor, weight: Tensor, bias: Tensor | None, in_out: bool, activation: str | None
+) -> Tensor:
+    if activation == "relu" and bias is not None and flat.device.type == "cuda" and not in_out:
+        return torch._addmm_activation(bias, flat, weight.t())  # cuBLASLt does it behind the sum
+    inner = torch_linear(flat, weight, None, in_out)
+    extension().bias_activation(
+        inner.data_ptr(),
+        inner.data_ptr(),
+        address(bias),
+        flat.shape[0],
+        inner.shape[1],
+        ACTIVATION_CODES[activation],
+        *place(inner),
+    )
+    return inner
 
 
 def cross_attention_block(

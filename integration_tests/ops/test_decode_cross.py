@@ -217,12 +217,31 @@ def test_decode_cross_lengths(device, dtype, cross_len):
     check(case(device, dtype, sentences=2, cross_len=cross_len, ends=ends, head_dim=64))
 
 
-@pytest.mark.parametrize("rows", [(1, 1), (1, 5), (7, 1), (8, 4), (13, 5)])
-def test_decode_cross_rows(device, dtype, rows):
+@pytest.mark.parametrize("post_norm", [True, False])
+@pytest.mark.parametrize("rows", [(1, 1), (1, 5), (7, 1), (8, 4), (13, 5), (32, 5), (51, 5)])
+def test_decode_cross_rows(device, dtype, rows, post_norm):
     sentences, beams = rows
-    if device.type == "cuda" and sentences * beams > 64:
-        pytest.skip("more rows than decode_layers takes on CUDA")
-    check(case(device, dtype, sentences=sentences, beams=beams, head_dim=64, post_norm=True))
+    given = {"sentences": sentences, "beams": beams, "head_dim": 64}
+    check(case(device, dtype, **given, post_norm=post_norm))
+
+
+@pytest.mark.parametrize("rows", [(2, 4), (8, 4), (32, 5)])
+def test_decode_cross_at_size(device, dtype, rows):
+    """The heads and widths of a large translation model."""
+    if device.type == "cpu":
+        pytest.skip("slow on a CPU, and no other code")
+    sentences, beams = rows
+    given = {"sentences": sentences, "beams": beams, "num_heads": 16, "head_dim": 64}
+    check(case(device, dtype, **given, capacity=64, length=40, cross_len=30, post_norm=True))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("rows", [(2, 2), (24, 3)])
+def test_decode_cross_of_odd_width(device, dtype, rows):
+    """A width that tensor cores don't take: norms behind the blocks are launches of their own."""
+    sentences, beams = rows
+    given = {"sentences": sentences, "beams": beams, "num_heads": 3, "head_dim": 20}
+    check(case(device, dtype, **given, post_norm=True))
 
 
 @pytest.mark.sanitize
@@ -297,10 +316,11 @@ def test_step_attention(device, dtype, rows, appends):
     if not appends:
         weights = torch.full((rows, 2, capacity), float("nan"), device=device)
     own, theirs = copied(keys), copied(values)
+    query, *new = qkv.split(hidden_size, 1)
     decode.launch_step_attention(
-        out, qkv, keys, values, heads, head_dim**-0.5, move(lengths), appends=appends,
-        part_stride=hidden_size, kv_start=move(starts), cache_rows=move(cache_rows),
-        key_rows=move(key_rows),
+        out, query, keys, values, heads, head_dim**-0.5, move(lengths),
+        new=tuple(new) if appends else None,
+        kv_start=move(starts), cache_rows=move(cache_rows), key_rows=move(key_rows),
         weights=weights, weight_positions=None if appends else torch.ones_like(move(lengths)),
     )  # fmt: skip
     assert_as_accurate_as_torch(out, lambda *t: attention(*t)[0], qkv, own, theirs)
