@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -421,39 +421,53 @@ def _make_forward(
     names = tuple(inspect.signature(original).parameters)[1:]
     plan_call, run_call, operand_of = adapter.plan, adapter.forward, adapter.operand
     known = adapter.known
+    # Nothing below is a global: see _with_globals_of.
+    is_compiling, out_of_memory = torch.compiler.is_compiling, torch.OutOfMemoryError
+    why, fell_back, ran_out, withdrawal = call_reason, _fell_back, _out_of_memory, Withdrawn
 
-    @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # First, and without touching a counter: a graph that is being compiled must see the
         # original alone.
-        if torch.compiler.is_compiling() or not patch.active:
+        if is_compiling() or not patch.active:
             return original(self, *args, **kwargs)
         arguments = dict(zip(names, args, strict=False), **kwargs)
         operand = operand_of(self, arguments)
         expected = type(self) if type(self) in known else cls
-        plan = call_reason(self, expected, operand, arguments) or plan_call(self, arguments)
+        plan = why(self, expected, operand, arguments) or plan_call(self, arguments)
         if type(plan) is str:
-            _fell_back(patch, plan)
+            fell_back(patch, plan)
             return original(self, *args, **kwargs)
         try:
             result = run_call(plan, self, arguments)
-        except torch.OutOfMemoryError as error:
+        except out_of_memory as error:
             if getattr(error, "eet_patch_committed", False):
                 raise
             reason = None
-        except Withdrawn as withdrawn:
+        except withdrawal as withdrawn:
             reason = str(withdrawn)
         else:
             next(patch.replaced)
             return result
         # Out of the handlers, whose exception holds what was allocated.
         if reason is None:
-            _out_of_memory(patch)
+            ran_out(patch)
         else:
-            _fell_back(patch, reason)
+            fell_back(patch, reason)
         return original(self, *args, **kwargs)
 
-    return forward
+    return functools.wraps(original)(_with_globals_of(original, forward))
+
+
+def _with_globals_of(original: Callable[..., Any], wrapper: Any) -> FunctionType:
+    """The wrapper among the globals of the original's module: TorchScript reads the source of the
+    original, and looks its names up among the globals of the function that it was given.
+    """
+    found = getattr(inspect.unwrap(original), "__globals__", None)
+    if not isinstance(found, dict) or "__builtins__" not in found:
+        return wrapper
+    return FunctionType(
+        wrapper.__code__, found, wrapper.__name__, wrapper.__defaults__, wrapper.__closure__
+    )
 
 
 GRADIENTS_NEEDED = "gradients are needed"

@@ -593,6 +593,10 @@ def test_torchscript(when):
     model, sample = model_of(), sample_of([5, 3], "cpu")
     del sample["id"]
     own = run(model, sample)
+    # What was scripted before is forgotten, or it would serve here.
+    torch._C._jit_clear_class_registry()
+    torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
+    torch.jit._state._clear_class_state()
     if when != "never":
         eet_patch.enable()
     if when == "disabled":
