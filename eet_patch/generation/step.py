@@ -19,7 +19,7 @@ from eet_patch.ops import decode, selection
 from eet_patch.ops._extension import extension, place
 from eet_patch.ops.launch import address
 
-MAX_GRAPHS = 24  # of one step: batch sizes as it shrinks, and selections
+MAX_GRAPHS = 40  # of one step: batch sizes as it shrinks, and selections
 GRAPH_STEPS = 4  # of one graph, where nothing of the host's stands between two steps
 
 
@@ -449,3 +449,7 @@ class DecodeStep:
             self.slots,
         ):
             state[: len(kept)] = state[index]
+
+    def hide_past(self, rows: list[int]) -> None:
+        """These rows of the step read no key but their newest from now on."""
+        self.kv_start[torch.tensor(rows, device=self.device)] = self.capacity
