@@ -103,7 +103,7 @@ struct LinearArgs {
 };
 constexpr int64_t kMaxSkinnyRows = 64;
 // Of decode_layers on CUDA. Up to decode_layers_best_rows of them its products are the faster ones.
-constexpr int64_t kMaxStepRows = 256;
+constexpr int64_t kMaxStepRows = 1024;
 
 // out = softmax(scale * query @ key^T + mask) @ value, per (batch, head).
 // Padded form: cu_seqlens null, every batch row has q_len queries and kv_len keys. Packed form:
