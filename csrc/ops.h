@@ -48,6 +48,7 @@ struct EmbeddingArgs {
   float word_scale, eps;
   DType dtype;
   const int32_t* tokens;  // (rows,) or null
+  bool chained;           // CUDA: the launch before on the stream is hypothesis_step
 };
 
 // out[r] = (input[r] - mean) / sqrt(var + eps) * weight + bias; weight and bias may be null (1 and
@@ -324,6 +325,7 @@ struct TopCandidatesArgs {
   int64_t rows, vocab_size, num_eos, num_suppressed, min_len, count;
   float repetition_penalty;  // 1: off
   DType dtype;
+  bool chained;     // the launch before on the stream is decode_layers, with a head
   void* workspace;  // top_candidates_workspace_bytes(args) bytes, as of select_token
   int64_t workspace_bytes;
 };
@@ -404,6 +406,7 @@ struct HypothesisStepArgs {
   int32_t* ended_lengths;             // (places, num_beams) in tokens
   int32_t* ended_rows;                // (places, num_beams, capacity)
   int64_t sentences, num_beams, kept, capacity, eos;
+  bool chained;  // the launch before on the stream is top_candidates
 };
 // Bits of `outlook`: a running beam may still win, one may go on, a place for one that ends is
 // free. Only stop_when_full ever clears the last.

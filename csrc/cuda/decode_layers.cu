@@ -299,7 +299,7 @@ int64_t decode_layers_workspace_bytes(const DecodeLayersArgs& args) {
 int64_t decode_layers_best_rows(DType dtype) {
   const char* lab = std::getenv("EET_LAB_ROWS");
   if (lab != nullptr) return std::atoi(lab);
-  return dtype != DType::kFloat32 && kernel_capability() >= 9 ? 256 : kMaxSkinnyRows;
+  return kMaxSkinnyRows;
 }
 
 Status decode_layers(const DecodeLayersArgs& args, const Context& context) {

@@ -10,7 +10,7 @@ namespace {
 constexpr int kBlockWarps = 4;
 constexpr int kRowsPerBlock = 4;  // a warp each
 constexpr int kWarpMaxSize = 1024;
-constexpr int kFewRows = 256;
+constexpr int kFewRows = 1024;
 
 template <typename T>
 struct EmbeddingParams {
@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(kBlockWarps* kWarpSize)
     embedding_kernel(const EmbeddingParams<T> p) {
   __shared__ float shared[kWarps];
   release_dependents();
+  wait_for_predecessor();
   const int64_t row = kWarps > 1 ? int64_t(blockIdx.x)
                                  : int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarpSize;
   if (row >= p.rows) return;
@@ -84,9 +85,10 @@ __global__ void __launch_bounds__(kBlockWarps* kWarpSize)
 }
 
 template <typename T, int kVector>
-cudaError_t launch_rows(const EmbeddingParams<T>& p, cudaStream_t stream) {
+cudaError_t launch_rows(const EmbeddingParams<T>& p, cudaStream_t stream, bool chained) {
   LaunchConfig config;
   config.stream = stream;
+  config.chained = chained;
   config.block = dim3(kBlockWarps * kWarpSize);
   const bool warp_rows =
       p.size <= kWarpMaxSize && (p.rows > kFewRows || p.size <= kWarpSize * kVector);
@@ -122,7 +124,8 @@ cudaError_t launch_embedding(const EmbeddingArgs& args, cudaStream_t stream) {
                        is_aligned(args.word_weight) && is_aligned(args.position_weight) &&
                        is_aligned(args.token_type_weight) && is_aligned(args.norm_weight) &&
                        is_aligned(args.norm_bias);
-  return vectors ? launch_rows<T, kVectorSize<T>>(p, stream) : launch_rows<T, 1>(p, stream);
+  return vectors ? launch_rows<T, kVectorSize<T>>(p, stream, args.chained)
+                 : launch_rows<T, 1>(p, stream, args.chained);
 }
 
 }  // namespace

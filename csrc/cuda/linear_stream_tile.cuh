@@ -17,7 +17,7 @@ struct LinearMaps {
 // kRows (8, 16, 32 or 64) bounds the rows of the batch, the last of them those of a group.
 template <int kRows>
 struct StreamTile {
-  static constexpr bool kManyGroups = kRows == kMaxSkinnyRows;
+  static constexpr bool kManyGroups = true;
   static constexpr int kChunkK = 64;  // a chunk is kNormTile columns of kChunkK k: 8 KB
   static constexpr int kChunkBytes = kNormTile * kChunkK * 2;
   static constexpr int kMaxStages = 12;

@@ -85,6 +85,7 @@ class SentenceStep:
         self._pool: Any = None
         self._stream: Any = None
         self._held: dict[object, tuple[Tensor, ...]] = {}
+        self.beams = 1
         self.key_rows = integers(i32, rows, capacity)
         # By slot and position: the token fed there, and its hypothesis' score so far.
         self.tokens = integers(i64, rows, capacity)
@@ -175,6 +176,9 @@ class SentenceStep:
         """Sets the state before the first step of `batch` sentences: the token to feed is `first`,
         and nothing is there but the sentences.
         """
+        if beams != self.beams:
+            self._graphs.clear()  # the launches differ
+        self.beams = beams
         rows = batch * beams
         for tensor, value in (
             (self.input_ids, first),
@@ -256,14 +260,19 @@ class SentenceStep:
 
     # --- one step --------------------------------------------------------------------------------
 
-    def run(self, model: SentenceDecoder, rows: int, appended: Appended | None = None) -> None:
-        """One step of the first `rows` rows: the logits, and what is `appended` to them."""
+    def run(
+        self, model: SentenceDecoder, rows: int, appended: Appended | None = None, steps: int = 1
+    ) -> None:
+        """Steps of the first `rows` rows: the logits of each, and what is `appended` to them, whose
+        last launch is `hypothesis_step` where there are several.
+        """
 
         def launch() -> None:
             try:
-                self._launch(model, rows)
-                if appended is not None:
-                    appended.launch()
+                for step in range(steps):
+                    self._launch(model, rows, chained=step > 0)
+                    if appended is not None:
+                        appended.launch()
             except RuntimeError as error:  # kernels are loaded at their first launch
                 if "cudaErrorMemoryAllocation" in str(error):
                     raise torch.OutOfMemoryError(str(error)) from error
@@ -272,7 +281,7 @@ class SentenceStep:
         if not self._graphs_work:
             launch()
             return
-        key = (rows, None if appended is None else appended.key)
+        key = (rows, None if appended is None else appended.key, steps)
         graph = self._graphs.get(key)
         if graph is not None:
             try:
@@ -316,18 +325,17 @@ class SentenceStep:
             stacklevel=3,
         )
 
-    def _launch(self, model: SentenceDecoder, rows: int) -> None:
+    def ends_in_head(self, model: SentenceDecoder, rows: int) -> bool:
+        """Whether the last launch of a step is that of `decode_layers`, with its head."""
+        return rows <= self._fused_rows and model.project_out is None and model.head_bias is None
+
+    def _launch(self, model: SentenceDecoder, rows: int, chained: bool) -> None:
         hidden_states, logits = self.hidden_states[:rows], self.logits[:rows]
-        self._embed(model, hidden_states, self.input_ids[:rows], self.position_ids[:rows])
+        self._embed(model, hidden_states, self.input_ids[:rows], self.position_ids[:rows], chained)
         if rows <= self._fused_rows:
             norm = model.final_norm
             head = None
-            import os
-
-            skinny = uses_our_products(hidden_states, rows)
-            if skinny and rows > int(os.environ.get("EET_LAB_HEAD", "64")):
-                skinny = False
-            if skinny and model.project_out is None and model.head_bias is None:
+            if self.ends_in_head(model, rows):
                 head = decode.DecodeHead(model.head_weight, norm.weight, norm.bias, logits)
             decode.launch_decode_layers(
                 hidden_states,
@@ -339,7 +347,7 @@ class SentenceStep:
                 hidden_states,
                 None,
                 self.slots,
-                self.key_rows,
+                self._key_rows(),
                 None,
                 head,
                 chained=model.project_in is None,
@@ -348,26 +356,30 @@ class SentenceStep:
             if head is not None:
                 return
             states = hidden_states
-            if not skinny:
-                self._head(model, states, logits)
-                return
             if model.project_out is not None:
                 weight, bias = model.project_out
                 states, norm = linear(states, (weight,), (bias,), False, norm=norm), NO_NORM
             linear(states, (model.head_weight,), (model.head_bias,), False, norm=norm, out=logits)
             return
-        self._head(model, self._through_layers(model, hidden_states), logits)
-
-    def _head(self, model: SentenceDecoder, states: Tensor, logits: Tensor) -> None:
-        product_into(logits, before_head(model, states), model.head_weight, model.head_bias)
+        states = before_head(model, self._through_layers(model, hidden_states))
+        product_into(logits, states, model.head_weight, model.head_bias)
 
     def _view(self) -> decode.CrossView | None:
         if not self.cross_len:
             return None
         return decode.CrossView(self.cross_rows, self.cross_start, self.cross_lengths, self.weights)
 
+    def _key_rows(self) -> Tensor | None:
+        """Where each row's past stands; a sentence's only row has it in its own slot."""
+        return None if self.beams == 1 else self.key_rows
+
     def _embed(
-        self, model: SentenceDecoder, out: Tensor, input_ids: Tensor, position_ids: Tensor
+        self,
+        model: SentenceDecoder,
+        out: Tensor,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        chained: bool = False,
     ) -> None:
         if model.project_in is not None:
             self._embed_projected(model, out, input_ids, position_ids)
@@ -394,6 +406,7 @@ class SentenceStep:
             model.word_scale,
             norm.eps,
             *place(out),
+            chained=chained,
         )
 
     def _embed_projected(
@@ -430,7 +443,7 @@ class SentenceStep:
                 self.lengths,
                 new=(key, value),
                 cache_rows=self.slots,
-                key_rows=self.key_rows,
+                key_rows=self._key_rows(),
             )
             hidden_states = blocks.project_out(
                 context, layer.out_weight, layer.out_bias, False, norm, hidden_states

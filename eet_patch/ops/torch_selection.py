@@ -100,12 +100,16 @@ def torch_top_candidates(
     if row_scores is not None:
         scores = scores + row_scores[:, None]
     values, tokens = scores.topk(count)
-    # topk leaves the order of equal scores open, and a whole sort takes ten times as long.
-    if bool(((scores >= values[:, -1:]).sum(-1) != count).any()) or bool(
-        (values[:, 1:] == values[:, :-1]).any()
-    ):
-        values, tokens = scores.sort(descending=True, stable=True)
-        values, tokens = values[:, :count], tokens[:, :count]
+    # topk leaves the order of equal scores open, and a sort takes ten times as long: it is for the
+    # rows that need it. Beams that don't count yet have no score at all.
+    nothing = values[:, 0] == -torch.inf
+    tokens[nothing] = torch.arange(count, device=logits.device)
+    unclear = (scores >= values[:, -1:]).sum(-1) != count
+    unclear |= (values[:, 1:] == values[:, :-1]).any(-1)
+    again = (unclear & ~nothing).nonzero()[:, 0]
+    if len(again):
+        sorted_values, order = scores[again].sort(descending=True, stable=True)
+        values[again], tokens[again] = sorted_values[:, :count], order[:, :count]
     return values, tokens.to(torch.int32)
 
 
