@@ -201,6 +201,9 @@ struct StepAttentionArgs {
   int64_t capacity;
   int64_t max_kv_len;  // no length is above this
   int64_t rows, num_heads, head_dim;
+  // So many rows behind each other (0 and 1: none; they divide `rows`) have one length and one
+  // start, and mostly the same keys: CUDA may read those once.
+  int64_t shared_rows;
   bool appends;
   float softmax_scale;
   float* weights;

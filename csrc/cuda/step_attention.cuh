@@ -29,8 +29,9 @@ struct StepAttentionParams {
   HeadStrides strides;
   int64_t capacity;
   int num_heads, head_dim;
-  bool vectors;  // rows may be read and written 16 bytes at a time
-  float scale;   // softmax_scale * log2(e): exp2 serves
+  int shared_rows;  // so many rows behind each other have one length and start, and share keys
+  bool vectors;     // rows may be read and written 16 bytes at a time
+  float scale;      // softmax_scale * log2(e): exp2 serves
 };
 
 // One split of the keys (blockIdx.x, also the rank in the cluster) of one head (y) of one row (z).

@@ -6,6 +6,7 @@
 
 #include "common/launch.cuh"
 #include "cuda/step_attention.cuh"
+#include "cuda/step_attention_beams.cuh"
 #include "cuda/step_attention_mma.cuh"
 #include "cuda/step_weights.cuh"
 
@@ -71,6 +72,20 @@ cudaError_t launch_step_attention_mma(const StepAttentionParams<T>& p, const Dec
                                StepMmaTile<kSteps>::kRingBytes, 1, p, args, stream);
 }
 
+template <typename T, int kSteps>
+cudaError_t launch_step_attention_beams(const StepAttentionParams<T>& p,
+                                        const DecodeLayersArgs& args, cudaStream_t stream) {
+  LaunchConfig config;
+  config.stream = stream;
+  config.chained = !p.starts_alone;
+  config.block = dim3(kStepThreads);
+  config.grid = dim3(static_cast<unsigned>(ceil_div(p.shared_rows, kBeamRows)),
+                     static_cast<unsigned>(ceil_div(args.num_heads, kStepWarps)),
+                     static_cast<unsigned>(args.rows / p.shared_rows));
+  config.shared_bytes = StepBeamsTile<kSteps>::kRingBytes;
+  return launch(config, step_attention_beams_kernel<T, kSteps>, p);
+}
+
 template <typename T>
 cudaError_t launch_step_attention(const StepAttentionParams<T>& p, const DecodeLayersArgs& args,
                                   cudaStream_t stream) {
@@ -78,6 +93,12 @@ cudaError_t launch_step_attention(const StepAttentionParams<T>& p, const DecodeL
   // shared memory than the tensor core kernel can have ahead (both measured on an H200).
   constexpr int kFewBlocksSplits = 4;
   if constexpr (sizeof(T) == 2) {
+    if (std::getenv("EET_LAB_NOBEAMS") == nullptr && p.shared_rows > 1 && p.vectors &&
+        p.head_dim <= 80 && kernel_capability() >= 8 && takes_warp_a_head(args)) {
+      if (p.head_dim <= 32) return launch_step_attention_beams<T, 2>(p, args, stream);
+      if (p.head_dim <= 64) return launch_step_attention_beams<T, 4>(p, args, stream);
+      return launch_step_attention_beams<T, 5>(p, args, stream);
+    }
     if (p.vectors && p.head_dim <= 80 && attention_splits(args) >= kFewBlocksSplits) {
       if (p.head_dim <= 32) return launch_step_attention_mma<T, 2>(p, args, stream);
       if (p.head_dim <= 64) return launch_step_attention_mma<T, 4>(p, args, stream);
@@ -125,6 +146,7 @@ cudaError_t launch_step_attention(const StepAttentionArgs& args, cudaStream_t st
   p.capacity = args.capacity;
   p.num_heads = static_cast<int>(args.num_heads);
   p.head_dim = static_cast<int>(args.head_dim);
+  p.shared_rows = static_cast<int>(args.shared_rows);
   p.scale = args.softmax_scale * kLog2E;
   p.vectors =
       takes_vectors<T>(args.cache_strides, args.head_dim, args.key_cache, args.value_cache) &&

@@ -32,7 +32,6 @@ from eet_patch.ops.launch import (
     layernorm,
     linear,
     torch_linear,
-    uses_our_products,
 )
 
 MAX_GRAPHS = 32  # of one step: batches as they shrink
@@ -442,6 +441,7 @@ class SentenceStep:
                 layer.softmax_scale,
                 self.lengths,
                 new=(key, value),
+                shared_rows=self.beams,
                 cache_rows=self.slots,
                 key_rows=self._key_rows(),
             )
@@ -473,6 +473,7 @@ class SentenceStep:
             model.num_heads,
             layer.softmax_scale,
             self.cross_lengths,
+            shared_rows=self.beams,
             kv_start=self.cross_start,
             cache_rows=self.cross_rows,
             weights=self.weights if layer is self.layers[-1] else None,

@@ -416,6 +416,7 @@ def launch_step_attention(
     lengths: Tensor,
     *,
     new: tuple[Tensor, Tensor] | None = None,
+    shared_rows: int = 1,
     kv_start: Tensor | None = None,
     cache_rows: Tensor | None = None,
     key_rows: Tensor | None = None,
@@ -432,6 +433,8 @@ def launch_step_attention(
         keys, values: (cache rows, num_heads, capacity, head_dim), of the same strides.
         lengths, kv_start, cache_rows, key_rows: as of `decode_layers`. A row sees the positions
             below its length, and the new one.
+        shared_rows: so many rows behind each other have one length and one start, and mostly the
+            same keys, which may be read once then.
         new: key and value of the new token, of the query's strides: they are written to the cache
             and seen. None: there is none.
         weights: as of `CrossView`, at cache row `weight_rows` and position `weight_positions`.
@@ -456,6 +459,7 @@ def launch_step_attention(
         out.shape[0],
         num_heads,
         keys.shape[3],
+        shared_rows,
         new is not None,
         softmax_scale,
         address(weights),

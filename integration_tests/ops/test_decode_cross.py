@@ -335,6 +335,62 @@ def test_step_attention(device, dtype, rows, appends):
         torch.testing.assert_close(weights[:, 1].double().cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    ("sentences", "beams", "heads", "head_dim", "capacity"),
+    [(2, 3, 2, 16, 20), (68, 5, 6, 64, 70), (130, 5, 3, 24, 100), (90, 13, 2, 80, 40)],
+)
+@pytest.mark.parametrize("appends", [True, False])
+def test_step_attention_of_beams(
+    device, dtype, sentences, beams, heads, head_dim, capacity, appends
+):
+    """Rows of a sentence share their keys from some position downwards, or all of them."""
+    rows, hidden_size = sentences * beams, heads * head_dim
+    sentence = torch.arange(rows) // beams
+    lengths = ((11 * sentence + 3) % (capacity - 1)).int()
+    starts = (lengths // 4 * (sentence % 2)).int()
+    cache_rows = (sentence if not appends else torch.randperm(rows)).int()
+    key_rows = None
+    if appends:
+        first = sentence[:, None] * beams
+        shared = torch.arange(capacity) < lengths[:, None] - 2 - sentence[:, None] % 7
+        mixed = first + torch.randint(beams, (rows, capacity))
+        key_rows = cache_rows[torch.where(shared, first, mixed)]
+    keys, values = (random(device, dtype, rows, heads, capacity, head_dim) for _ in range(2))
+    query, key, value = (random(device, dtype, rows, hidden_size) for _ in range(3))
+
+    def attention(query, keys, values, key, value):
+        at = torch.arange(capacity, device=query.device)
+        seen = (at < lengths.to(at)[:, None]) & (at >= starts.to(at)[:, None])
+        source = cache_rows[:, None].expand(rows, capacity) if key_rows is None else key_rows
+        k, v = (t[source.to(at), :, at].transpose(1, 2) for t in (keys, values))
+        if appends:
+            k, v = (
+                torch.cat([old, new.view(rows, heads, 1, head_dim)], 2)
+                for old, new in ((k, key), (v, value))
+            )
+            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
+        scores = query.view(rows, heads, 1, head_dim) @ k.transpose(2, 3) * head_dim**-0.5
+        weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+        return (weights @ v).reshape(rows, hidden_size)
+
+    def move(tensor):
+        return None if tensor is None else tensor.to(device)
+
+    out, own, theirs = torch.full_like(query, float("nan")), copied(keys), copied(values)
+    decode.launch_step_attention(
+        out, query, keys, values, heads, head_dim**-0.5, move(lengths),
+        new=(key, value) if appends else None, shared_rows=beams,
+        kv_start=move(starts), cache_rows=move(cache_rows), key_rows=move(key_rows),
+    )  # fmt: skip
+    assert_as_accurate_as_torch(out, attention, query, own, theirs, key, value)
+    if appends:
+        at, where = move(lengths).long(), move(cache_rows).long()
+        own[where, :, at] = key.view(rows, heads, head_dim)
+        theirs[where, :, at] = value.view(rows, heads, head_dim)
+    assert torch.equal(keys, own) and torch.equal(values, theirs)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
