@@ -340,7 +340,6 @@ PYBIND11_MODULE(_C, m) {
       "arguments.";
   pthread_atfork(nullptr, nullptr, [] { ep::in_forked_child = true; });
   m.attr("MAX_SKINNY_ROWS") = ep::kMaxSkinnyRows;
-  m.attr("MAX_STEP_ROWS") = ep::kMaxStepRows;
 #define A(name) py::arg(#name)
 #define EET_TAIL A(dtype), A(device), A(stream), A(num_threads)
   m.def("embedding", &ep::embedding, A(out), A(word_weight), A(position_weight),

@@ -121,14 +121,9 @@ void step_attention(Address out, Address query, int64_t query_stride, int64_t ke
   EET_RUN(step_attention);
 }
 
-#ifdef EET_WITH_CUDA
-int64_t decode_layers_best_rows(int dtype, int device) {
-  const DeviceGuard guard(device);
-  return cuda::decode_layers_best_rows(static_cast<DType>(dtype));
-}
-
 // CUDA graphs of launches that allocate nothing: the caller keeps the handle, and what the launches
 // read and write, alive.
+#ifdef EET_WITH_CUDA
 void graph_begin(int device, Address stream) {
   const DeviceGuard guard(device);
   raise("graph_begin",
@@ -188,7 +183,6 @@ void bind_decode(py::module_& m) {
         A(max_kv_len), A(rows), A(num_layers), A(num_heads), A(head_dim), A(intermediate_size),
         A(num_qkv_weights), A(in_out), A(dtype), A(device));
 #ifdef EET_WITH_CUDA
-  m.def("decode_layers_best_rows", &decode_layers_best_rows, A(dtype), A(device));
   m.def("graph_begin", &graph_begin, A(device), A(stream));
   m.def("graph_end", &graph_end, A(device), A(stream));
   m.def("graph_launch", &graph_launch, A(graph), A(device), A(stream));

@@ -103,8 +103,6 @@ struct LinearArgs {
   DType dtype;
 };
 constexpr int64_t kMaxSkinnyRows = 64;
-// Of decode_layers on CUDA. Up to decode_layers_best_rows of them its products are the faster ones.
-constexpr int64_t kMaxStepRows = 1024;
 
 // out = softmax(scale * query @ key^T + mask) @ value, per (batch, head).
 // Padded form: cu_seqlens null, every batch row has q_len queries and kv_len keys. Packed form:
@@ -477,7 +475,6 @@ Status beam_step(const BeamStepArgs& args, const Context& context);
 Status hypothesis_step(const HypothesisStepArgs& args, const Context& context);
 int64_t select_token_workspace_bytes(const SelectTokenArgs& args);
 int64_t top_candidates_workspace_bytes(const TopCandidatesArgs& args);
-int64_t decode_layers_best_rows(DType dtype);
 }  // namespace cuda
 
 #undef EET_DECLARE_OPS

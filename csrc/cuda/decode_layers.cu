@@ -6,7 +6,6 @@
 // input, and by the one that adds it to what it makes. Everything that changes from step to step is
 // read from device memory, so that the chain can be captured once and replayed.
 #include <algorithm>
-#include <cstdlib>
 
 #include "common/launch.cuh"
 #include "cuda/launchers.h"
@@ -296,14 +295,9 @@ int64_t decode_layers_workspace_bytes(const DecodeLayersArgs& args) {
   return workspace_parts(args).end;
 }
 
-int64_t decode_layers_best_rows(DType dtype) {
-  const char* lab = std::getenv("EET_LAB_ROWS");
-  if (lab != nullptr) return std::atoi(lab);
-  return kMaxSkinnyRows;
-}
-
 Status decode_layers(const DecodeLayersArgs& args, const Context& context) {
-  if (args.rows > kMaxStepRows || args.head_dim > kMaxHeadDim) return Status{Status::kUnsupported};
+  if (args.rows > kMaxSkinnyRows || args.head_dim > kMaxHeadDim)
+    return Status{Status::kUnsupported};
   if (args.rows == 0) return Status{};
   return to_status(dispatch_dtype(args.dtype, [&](auto element) {
     return StepLaunches<decltype(element)>{args, stream_of(context)}.all();

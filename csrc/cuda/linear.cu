@@ -3,7 +3,6 @@
 // to the tensor core kernels of linear_stream.cuh and, before sm_90, linear_mma.cuh; fp32 (never
 // TF32) and sizes that 16-byte loads cannot serve go to the two plain FMA kernels here.
 #include <algorithm>
-#include <cstdlib>
 
 #include "cuda/launchers.h"
 #include "cuda/linear_mma.cuh"
@@ -29,7 +28,7 @@ __global__ void __launch_bounds__(kPlainWarps* kWarpSize)
   if (p.release_late) release_dependents();
   const bool norm = p.norm_weight != nullptr;
   if (norm) {
-    row_statistics<T, kVector>(p, 0, p.rows, means, scales, kPlainWarps);
+    row_statistics<T, kVector>(p, means, scales, kPlainWarps);
     __syncthreads();
   }
   const int lane = threadIdx.x % kWarpSize;
@@ -83,7 +82,7 @@ __global__ void __launch_bounds__(kInOutWarps* kWarpSize)
   if (p.release_late) release_dependents();
   const bool norm = p.norm_weight != nullptr;
   if (norm) {
-    row_statistics<T, 1>(p, 0, p.rows, means, scales, kInOutWarps);
+    row_statistics<T, 1>(p, means, scales, kInOutWarps);
     __syncthreads();
   }
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -137,9 +136,8 @@ struct StreamPlan {
 // comes; else two, whose rings leave room for those of the next product, or three if they spread
 // more evenly (kShare: what as many are worth, chosen after timings of two and of three blocks at
 // GPT-2's sizes on an H100).
-// Of so many groups of rows each has its own blocks.
 template <int kRows>
-StreamPlan plan_stream(int tiles, int chunks, int groups, int multiprocessors) {
+StreamPlan plan_stream(int tiles, int chunks, int multiprocessors) {
   constexpr int kSharedStages = 5, kMaxBlocks = kRows <= 16 ? 3 : 2;
   constexpr float kShare[] = {0.0f, 0.8f, 1.0f, 0.93f};
   auto split = [&](int ranks, int block_tiles) {
@@ -151,7 +149,7 @@ StreamPlan plan_stream(int tiles, int chunks, int groups, int multiprocessors) {
     plan.ring_stages = kSharedStages;
     return plan;
   };
-  if (kRows <= 8 && groups == 1 && tiles <= multiprocessors) {
+  if (kRows <= 8 && tiles <= multiprocessors) {
     StreamPlan plan = split(std::min({kMaxClusterSize, multiprocessors / tiles, chunks}), 1);
     plan.ring_stages = StreamTile<kRows>::kMaxStages;
     if (plan.rank_chunks <= plan.ring_stages) return plan;
@@ -159,9 +157,9 @@ StreamPlan plan_stream(int tiles, int chunks, int groups, int multiprocessors) {
   StreamPlan best = {};
   float best_share = 0.0f;
   auto consider = [&](const StreamPlan& plan) {
-    const int each = static_cast<int>(ceil_div(plan.blocks * groups, multiprocessors));
+    const int each = static_cast<int>(ceil_div(plan.blocks, multiprocessors));
     if (each > kMaxBlocks) return;
-    const float even = float(plan.blocks * groups) / float(each * multiprocessors) * float(chunks) /
+    const float even = float(plan.blocks) / float(each * multiprocessors) * float(chunks) /
                        float(plan.ranks * plan.rank_chunks) * float(tiles) /
                        float(plan.blocks / plan.ranks * plan.block_tiles);
     const float share = even * kShare[each];
@@ -170,25 +168,19 @@ StreamPlan plan_stream(int tiles, int chunks, int groups, int multiprocessors) {
   for (int ranks = 1; ranks <= std::min(kMaxClusterSize, chunks); ++ranks)
     consider(split(ranks, 1));
   for (int each = 1; each <= kMaxBlocks; ++each)
-    consider(split(1, static_cast<int>(ceil_div(int64_t(tiles) * groups, each * multiprocessors))));
-  if (best.blocks == 0) best = split(1, tiles);  // more groups than blocks fit the chip
+    consider(split(1, static_cast<int>(ceil_div(tiles, int64_t(each) * multiprocessors))));
   return best;
 }
 
 template <typename T, int kRows, bool kInOut, bool kPostNorm>
-cudaError_t launch_stream(LinearParams<T> p, LaunchConfig config) {
+cudaError_t launch_stream(const LinearParams<T>& p, LaunchConfig config) {
   using Tile = StreamTile<kRows>;
   const int multiprocessors = std::max(1, device_attribute(cudaDevAttrMultiProcessorCount));
   const int tiles = static_cast<int>(ceil_div(p.out_features, kNormTile)) * p.num_weights;
   const int chunks = static_cast<int>(ceil_div(p.in_features, Tile::kChunkK));
-  constexpr int kGranularity = 8;  // rows of one product
-  const int groups = Tile::kManyGroups ? static_cast<int>(ceil_div(p.rows, kRows)) : 1;
-  p.group_rows =
-      static_cast<int>(std::min(int64_t(p.rows), round_up(ceil_div(p.rows, groups), kGranularity)));
-  const StreamPlan plan = plan_stream<kRows>(tiles, chunks, groups, multiprocessors);
+  const StreamPlan plan = plan_stream<kRows>(tiles, chunks, multiprocessors);
   const int parts = static_cast<int>(ceil_div(plan.rank_chunks, Tile::kPartChunks));
-  const bool stays =
-      plan.block_tiles > 1 && parts * Tile::panel_bytes(p.group_rows) <= kResidentBytes;
+  const bool stays = plan.block_tiles > 1 && parts * Tile::panel_bytes(p.rows) <= kResidentBytes;
   const int panels = stays ? parts : std::min(parts, Tile::kPanels);
   const int stages = static_cast<int>(
       std::min<int64_t>(int64_t(plan.rank_chunks) * plan.block_tiles, plan.ring_stages));
@@ -201,9 +193,9 @@ cudaError_t launch_stream(LinearParams<T> p, LaunchConfig config) {
                             kInOut ? Tile::kChunkK : kNormTile);
   }
   if (error != cudaSuccess) return error;
-  config.shared_bytes = stages * Tile::kChunkBytes + panels * Tile::panel_bytes(p.group_rows) +
-                        Tile::sum_bytes(p.group_rows, plan.ranks) + Tile::kSmallBytes;
-  config.grid = dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(groups));
+  config.shared_bytes = stages * Tile::kChunkBytes + panels * Tile::panel_bytes(p.rows) +
+                        Tile::sum_bytes(p.rows, plan.ranks) + Tile::kSmallBytes;
+  config.grid = dim3(static_cast<unsigned>(plan.blocks));
   config.block = dim3(kStreamThreads);
   config.cluster_size = plan.ranks;
   return launch(config, linear_stream_kernel<T, kRows, kInOut, kPostNorm>, p, maps, panels,
@@ -244,12 +236,6 @@ cudaError_t launch_tensor_cores(const LinearParams<T>& p, const LaunchConfig& co
 
 template <typename T, bool kInOut>
 cudaError_t launch_tensor_cores(const LinearParams<T>& p, const LaunchConfig& config) {
-  const char* lab = std::getenv("EET_LAB_GROUP");
-  if (lab != nullptr && p.rows > std::atoi(lab)) {
-    if (std::atoi(lab) == 8) return launch_tensor_cores<T, 8, kInOut>(p, config);
-    if (std::atoi(lab) == 16) return launch_tensor_cores<T, 16, kInOut>(p, config);
-    if (std::atoi(lab) == 32) return launch_tensor_cores<T, 32, kInOut>(p, config);
-  }
   if (p.rows <= 8) return launch_tensor_cores<T, 8, kInOut>(p, config);
   if (p.rows <= 16) return launch_tensor_cores<T, 16, kInOut>(p, config);
   if (p.rows <= 32) return launch_tensor_cores<T, 32, kInOut>(p, config);
@@ -281,32 +267,9 @@ bool linear_takes_residual_norm(const LinearArgs& args) {
 
 int64_t norm_tiles(int64_t features) { return ceil_div(features, kNormTile); }
 
-namespace {
-
-// More rows than the kernels without groups of rows take.
-template <typename T>
-cudaError_t launch_linear_in_parts(const LinearArgs& args, cudaStream_t stream, LinearChain chain) {
-  cudaError_t error = cudaSuccess;
-  for (int64_t first = 0; first < args.rows && error == cudaSuccess; first += kMaxSkinnyRows) {
-    LinearArgs part = args;
-    part.rows = std::min(kMaxSkinnyRows, args.rows - first);
-    part.out = static_cast<T*>(args.out) + first * args.out_stride;
-    part.input = static_cast<const T*>(args.input) + first * args.input_stride;
-    if (args.residual != nullptr)
-      part.residual = static_cast<const T*>(args.residual) + first * args.out_stride;
-    error = launch_linear<T>(part, stream, chain);
-    chain.chained = true;
-  }
-  return error;
-}
-
-}  // namespace
-
 template <typename T>
 cudaError_t launch_linear(const LinearArgs& args, cudaStream_t stream, const LinearChain& chain) {
   if (args.rows == 0 || args.out_features == 0 || args.num_weights == 0) return cudaSuccess;
-  if (args.rows > kMaxSkinnyRows && !(takes_tensor_cores(args) && has_bulk_copies()))
-    return launch_linear_in_parts<T>(args, stream, chain);
   LinearParams<T> p = {};
   p.out = static_cast<T*>(args.out);
   p.input = static_cast<const T*>(args.input);

@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kMmaThreads, kRows <= 16 ? 2 : 1)
   release_dependents();
   wait_for_predecessor();
   if (p.norm_weight != nullptr) {
-    row_statistics<T, kVectorSize<T>>(p, 0, p.rows, means, scales, kMmaWarps);
+    row_statistics<T, kVectorSize<T>>(p, means, scales, kMmaWarps);
     __syncthreads();
   }
   stage(0);

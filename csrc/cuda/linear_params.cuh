@@ -27,7 +27,6 @@ struct LinearParams {
   float2* out_partials;  // (rows, ceil(out_features / kNormTile)) mean, sum of squares about it
   int64_t input_stride, out_stride;
   int rows, in_features, out_features, num_weights;
-  int group_rows;  // of the batch that a block sees at most; blockIdx.y counts such groups
   float norm_eps;
   Activation activation;
   bool pairs;         // two neighbours of bias, residual and out may be one access
@@ -54,14 +53,14 @@ __device__ __forceinline__ void finish_element(const LinearParams<T>& p, int row
   p.out[at] = from_float<T>(sum);
 }
 
-// Mean and 1 / sqrt(variance + eps) of `rows` input rows from `first_row` on, a warp a row, by the
-// first `warps` of the block. kVector > 1 needs 16-byte aligned rows.
+// Mean and 1 / sqrt(variance + eps) of every input row, a warp a row, by the first `warps` of the
+// block. kVector > 1 needs 16-byte aligned rows.
 template <typename T, int kVector>
-__device__ __forceinline__ void row_statistics(const LinearParams<T>& p, int first_row, int rows,
-                                               float* means, float* scales, int warps) {
+__device__ __forceinline__ void row_statistics(const LinearParams<T>& p, float* means,
+                                               float* scales, int warps) {
   const int lane = threadIdx.x % kWarpSize;
-  for (int row = threadIdx.x / kWarpSize; row < rows; row += warps) {
-    const T* input = p.input + (first_row + row) * p.input_stride;
+  for (int row = threadIdx.x / kWarpSize; row < p.rows; row += warps) {
+    const T* input = p.input + row * p.input_stride;
     float values[kVector];
     float sum = 0.0f;
 #pragma unroll 4

@@ -14,11 +14,11 @@
 namespace eet_patch::cuda {
 
 // A block (or cluster) owns tiles of kNormTile output columns and walks them, a cluster one alone;
-// each rank of a cluster owns k_per_rank consecutive k. blockIdx.y counts groups of rows. Dynamic
-// shared memory: the ring, `panels` parts of the block's input, normalised, of kPartK columns each
-// (all of them, or those on their way), partial sums, barriers. kPostNorm: the residual is
-// normalised on its way in. Limits: group_rows <= kRows, in_features (and out_features when kInOut)
-// multiples of 8, 16-byte aligned operands. Moves every weight once a group.
+// each rank of a cluster owns k_per_rank consecutive k. Dynamic shared memory: the ring, `panels`
+// parts of the block's input, normalised, of kPartK columns each (all of them, or those on their
+// way), partial sums, barriers. kPostNorm: the residual is normalised on its way in, and the input
+// is not. Limits: rows <= kRows, in_features (and out_features when kInOut) multiples of 8, 16-byte
+// aligned operands. Moves every weight once.
 template <typename T, int kRows, bool kInOut, bool kPostNorm>
 __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
                                                   : kRows <= 16 ? 3
@@ -33,8 +33,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
 
   const int rank = cluster_rank(), ranks = cluster_size();
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int first_row = Tile::kManyGroups ? blockIdx.y * p.group_rows : 0;
-  const int rows = Tile::kManyGroups ? min(p.group_rows, p.rows - first_row) : p.rows;
+  const int rows = p.rows;
   const bool norm = !kPostNorm && p.norm_weight != nullptr;
   const uint32_t ring_address = shared_address(shared);
   T* panel = reinterpret_cast<T*>(shared + ring_stages * Tile::kChunkBytes);
@@ -96,7 +95,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
   // shortest way; those after it are copied ahead and normalised where they lie.
   const int part_row = threadIdx.x / Tile::kPartUnits,
             part_column = threadIdx.x % Tile::kPartUnits * kVector;
-  const T* part_source = p.input + (first_row + part_row) * p.input_stride + k_begin + part_column;
+  const T* part_source = p.input + part_row * p.input_stride + k_begin + part_column;
   const uint32_t part_target =
       shared_address(panel) + (part_row * Tile::kPartStride + part_column) * int(sizeof(T));
   const uint32_t panel_bytes = Tile::panel_bytes(rows);
@@ -178,14 +177,14 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
     }
   };
 
-  // Row r of the group is finished by rank r % ranks, there by a warp, two columns a lane; bias and
+  // Row r of the batch is finished by rank r % ranks, there by a warp, two columns a lane; bias and
   // residual of it are asked for when the tile begins.
   float2 bias_terms, residual_weight, residual_bias;
   uint32_t residual_terms[kSlots];  // two elements each
   const bool pairs = p.pairs;
   const int own_row = warp * ranks + rank, slot_rows = kStreamWarps * ranks;
   const int own_slots = own_row < rows ? (rows - own_row + slot_rows - 1) / slot_rows : 0;
-  const int64_t own_offset = (first_row + own_row) * p.out_stride + 2 * lane,
+  const int64_t own_offset = own_row * p.out_stride + 2 * lane,
                 slot_stride = slot_rows * p.out_stride;
   auto load_pair = [&](const T* source, int n) -> uint32_t {
     if (n >= p.out_features) return 0;
@@ -298,8 +297,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
         const float x = first ? stored.x - mean : 0.0f, y = second ? stored.y - mean : 0.0f;
         const float squares = warp_sum(fmaf(x, x, y * y));
         if (lane == 0)
-          p.out_partials[(first_row + own_row + slot * slot_rows) * tiles + tile] =
-              make_float2(mean, squares);
+          p.out_partials[(own_row + slot * slot_rows) * tiles + tile] = make_float2(mean, squares);
       }
     }
     if (ranks == 1) workers_sync();  // the sums may be written anew
@@ -330,10 +328,9 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
     return;
   }
   const int norm_size = kPostNorm ? p.out_features : p.in_features;
-  const float2* partials =
-      (kPostNorm ? p.residual_partials : p.norm_partials) +
-      (first_row + min(static_cast<int>(threadIdx.x) / (kStreamWorkers / kRows), rows - 1)) *
-          ((norm_size + kNormTile - 1) / kNormTile);
+  const float2* partials = (kPostNorm ? p.residual_partials : p.norm_partials) +
+                           min(static_cast<int>(threadIdx.x) / (kStreamWorkers / kRows), rows - 1) *
+                               ((norm_size + kNormTile - 1) / kNormTile);
   wait_for_predecessor();
   if (p.release_late) release_dependents();
   const int parts = (chunks + Tile::kPartChunks - 1) / Tile::kPartChunks;
@@ -350,7 +347,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
     if (kPostNorm || (norm && p.norm_partials != nullptr)) {
       merged_statistics<kRows>(partials, rows, norm_size, p.norm_eps, means, scales);
     } else if (norm) {
-      row_statistics<T, kVector>(p, first_row, rows, means, scales, kStreamWarps);
+      row_statistics<T, kVector>(p, means, scales, kStreamWarps);
     }
     if (norm) workers_sync();
     for_units(0, [&](int i, const T*, bool) {

@@ -14,10 +14,9 @@ struct LinearMaps {
   CUtensorMap weight[3];
 };
 
-// kRows (8, 16, 32 or 64) bounds the rows of the batch, the last of them those of a group.
+// kRows (8, 16, 32 or 64) bounds the rows of the batch.
 template <int kRows>
 struct StreamTile {
-  static constexpr bool kManyGroups = true;
   static constexpr int kChunkK = 64;  // a chunk is kNormTile columns of kChunkK k: 8 KB
   static constexpr int kChunkBytes = kNormTile * kChunkK * 2;
   static constexpr int kMaxStages = 12;

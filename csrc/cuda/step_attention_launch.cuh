@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "common/launch.cuh"
 #include "cuda/step_attention.cuh"
@@ -27,13 +26,12 @@ int attention_splits(const DecodeLayersArgs& args) {
   return static_cast<int>(std::max<int64_t>(1, splits));
 }
 
-// A block a head keeps four warps busy with a handful of keys each where contexts are short, and
-// seven such blocks fit a multiprocessor; with more heads than that a warp a head is enough.
+// A block a head keeps four warps busy with a handful of keys each, and about six such blocks fit a
+// multiprocessor: with twice as many heads a warp a head is enough. Of 640 rows of 16 heads over 30
+// keys each took 24 us so on an H100.
 bool takes_warp_a_head(const DecodeLayersArgs& args) {
-  const char* lab = std::getenv("EET_LAB_WARP");
-  const int64_t kBlocksAtATime = lab != nullptr ? std::atoi(lab) : 12;
-  return args.rows * args.num_heads >
-         kBlocksAtATime * device_attribute(cudaDevAttrMultiProcessorCount);
+  constexpr int64_t kHeads = 12;  // of a multiprocessor
+  return args.rows * args.num_heads > kHeads * device_attribute(cudaDevAttrMultiProcessorCount);
 }
 
 template <typename T>
@@ -93,8 +91,8 @@ cudaError_t launch_step_attention(const StepAttentionParams<T>& p, const DecodeL
   // shared memory than the tensor core kernel can have ahead (both measured on an H200).
   constexpr int kFewBlocksSplits = 4;
   if constexpr (sizeof(T) == 2) {
-    if (std::getenv("EET_LAB_NOBEAMS") == nullptr && p.shared_rows > 1 && p.vectors &&
-        p.head_dim <= 80 && kernel_capability() >= 8 && takes_warp_a_head(args)) {
+    if (p.shared_rows > 1 && p.vectors && p.head_dim <= 80 && kernel_capability() >= 8 &&
+        takes_warp_a_head(args)) {
       if (p.head_dim <= 32) return launch_step_attention_beams<T, 2>(p, args, stream);
       if (p.head_dim <= 64) return launch_step_attention_beams<T, 4>(p, args, stream);
       return launch_step_attention_beams<T, 5>(p, args, stream);

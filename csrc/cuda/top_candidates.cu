@@ -1,10 +1,11 @@
 // The best continuations of every beam: log softmax, processors, the beam's score, the largest few.
 // Two launches. The first sums up the softmax of parts of a row and finds the largest logit of
 // each: with `count` parts whose largest is above a score, no token below that score can be among
-// the `count` best, so that the second looks at those parts alone. Where a penalty for tokens that
-// were there already stands between logits and scores, every block of the second finds its own
-// largest instead, by the search of token_scores.cuh, and the last block of a row takes the row's
-// from those. Either puts them in order by counting, for each of them, how many are larger.
+// the `count` best, so that the second looks at those parts alone. For few rows, and where a
+// penalty for tokens that were there already stands between logits and scores, every block of the
+// second finds its own largest instead, by the search of token_scores.cuh, and the last block of a
+// row takes the row's from those. Either puts them in order by counting, for each of them, how many
+// are larger.
 #include "common/vector.cuh"
 #include "cuda/token_scores.cuh"
 
@@ -19,6 +20,9 @@ constexpr int kLaneTokens = 8;
 constexpr int kPartTokens = kLaneTokens * kWarpSize;
 constexpr int kMaxParts = kMaxVocabSize / kPartTokens;
 constexpr int kPartWarps = 8;  // of a block
+// From here on: for 160 rows of 32768 tokens it took 24 us where the other way took 44 on an H100,
+// for 32 rows 14 and 12.
+constexpr int64_t kManyRows = 65;
 
 struct CandidateState {
   uint32_t arrivals, list_size;  // zero between calls
@@ -158,7 +162,7 @@ __global__ void __launch_bounds__(kSelectThreads)
   args.tokens[blockIdx.y * args.count + rank] = token_of_lowest_first(own);
 }
 
-__device__ __forceinline__ uint32_t warp_max(uint32_t value) {
+__device__ __forceinline__ uint32_t warp_max_key(uint32_t value) {
 #pragma unroll
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
     value = max(value, __shfl_xor_sync(kFullMask, value, offset));
@@ -224,7 +228,7 @@ __global__ void __launch_bounds__(kPartWarps* kWarpSize)
     if (logits[i] != -INFINITY) sum += expf(logits[i] - largest);
   }
   sum = warp_sum(sum);
-  open = warp_max(open);
+  open = warp_max_key(open);
   if (lane != 0) return;
   CandidateState& state = row_state(args);
   state.part_max[part] = largest;
@@ -338,7 +342,7 @@ template <typename T>
 cudaError_t launch_top_candidates(const TopCandidatesArgs& args, cudaStream_t stream) {
   LaunchConfig config;
   config.stream = stream;
-  if (args.seen == nullptr || args.repetition_penalty == 1.0f) {
+  if (args.rows >= kManyRows && (args.seen == nullptr || args.repetition_penalty == 1.0f)) {
     constexpr int64_t kVector = kLaneTokens;
     const bool vectors = args.vocab_size % kVector == 0 && args.logits_stride % kVector == 0 &&
                          reinterpret_cast<uintptr_t>(args.logits) % (kVector * sizeof(T)) == 0;

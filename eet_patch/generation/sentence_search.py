@@ -323,7 +323,8 @@ class Search:
         numbers = torch.cat([counts, lengths.view(-1)]).tolist()
         longest = max(numbers[batch:], default=0)
         at = torch.arange(longest, device=step.device)
-        used = at < lengths[:, :, None]
+        # Places of all tokens: found once, for the host waits for them.
+        used = (at < lengths[:, :, None]).view(-1).nonzero()[:, 0]
         paths = self.ended_rows[:batch, :, :longest].long()
         last = at == lengths[:, :, None] - 1
         # Token j was fed at position j + 1, but for the last, which nobody fed.
@@ -336,10 +337,15 @@ class Search:
         positional[:, :, 1:] -= sums[:, :, :-1]
         weights = None
         if step.weights is not None:
-            weights = step.weights[paths[used], at.expand_as(paths)[used]].t()
+            weights = step.weights[paths.view(-1)[used], at.expand_as(paths).reshape(-1)[used]].t()
         lengths_used = [length for length in numbers[batch:] if length]
         return Ended(
-            numbers[:batch], lengths_used, scores[there], tokens[used], positional[used], weights
+            numbers[:batch],
+            lengths_used,
+            scores[there],
+            tokens.view(-1)[used],
+            positional.view(-1)[used],
+            weights,
         )
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eet_patch.ops._extension import ACTIVATION_CODES, EXTENSION, extension, place
+from eet_patch.ops._extension import ACTIVATION_CODES, extension, place
 from eet_patch.ops.checks import (
     check_buffer,
     check_contiguous,
@@ -27,7 +27,6 @@ from eet_patch.ops.launch import (
 from eet_patch.ops.registration import registered, returns_nothing
 
 _LAYER = struct.Struct("26qd")  # struct DecodeLayer of csrc/ops.h
-MAX_STEP_ROWS = EXTENSION.MAX_STEP_ROWS if EXTENSION is not None else 0  # on CUDA
 
 
 class CrossLayer(NamedTuple):
@@ -146,9 +145,9 @@ class DecodeHead(NamedTuple):
 
 
 def best_rows(like: Tensor) -> int:
-    """Up to how many rows the products of `decode_layers` are faster than those of torch's BLAS."""
-    if like.device.type == "cuda":
-        return int(extension().decode_layers_best_rows(*place(like)[:2]))
+    """Up to how many rows `decode_layers` is the way to go; more go through torch's products. Of
+    160 rows a product of 1024 x 1024 took 20 us in a kernel of ours, and 6 in cuBLAS (H100).
+    """
     counts = (MAX_BFLOAT16_ROWS_ON_CPU, MAX_SKINNY_ROWS, 2**31)
     return max(count for count in counts if uses_our_products(like, count))
 
@@ -199,7 +198,7 @@ def decode_layers(
     the caches beside this op.
 
     Args:
-        hidden_states: (rows, hidden_size), contiguous; rows <= 256 on CUDA.
+        hidden_states: (rows, hidden_size), contiguous; rows <= 64 on CUDA.
         table: of `pack_layers`, over caches (cache_rows, num_heads, capacity, head_dim) and weights
             (in_features, out_features) if its in_out, else (out_features, in_features).
         lengths: (rows,) int32, keys that the row has already; < capacity.
@@ -295,8 +294,8 @@ def _decode_layers(
     )
     check_contiguous(hidden_states, "hidden_states")
     rows = hidden_states.shape[0]
-    if hidden_states.device.type == "cuda" and rows > MAX_STEP_ROWS:
-        raise ValueError(f"hidden_states must have at most {MAX_STEP_ROWS} rows, got {rows}")
+    if hidden_states.device.type == "cuda" and rows > MAX_SKINNY_ROWS:
+        raise ValueError(f"hidden_states must have at most {MAX_SKINNY_ROWS} rows, got {rows}")
     check_same_dtype_and_device(out, hidden_states, "out")
     check_shape(out, hidden_states.shape, "out")
     check_contiguous(out, "out")

@@ -228,14 +228,17 @@ def _processed(
             scores < 0, scores * repetition_penalty, scores / repetition_penalty
         )
         scores = torch.where(has_token, penalised, scores)
-    vocabulary = torch.arange(vocab_size, device=scores.device)
+    hidden = []  # columns, and the rows in which they count; few, so no mask of all is made
     if suppressed_tokens is not None:
-        scores = scores.masked_fill(torch.isin(vocabulary, suppressed_tokens), float("-inf"))
+        hidden.append((suppressed_tokens, None))
     if eos_token_ids is not None and min_len > 0:
         assert lengths is not None
-        is_short = lengths[:, None] + 1 < min_len
-        is_eos = torch.isin(vocabulary, eos_token_ids)
-        scores = scores.masked_fill(is_short & is_eos, float("-inf"))
+        hidden.append((eos_token_ids, lengths + 1 < min_len))
+    for tokens, where in hidden:
+        known = tokens[(tokens >= 0) & (tokens < vocab_size)]
+        held = scores[:, known]
+        hide = torch.ones_like(held, dtype=torch.bool) if where is None else where[:, None]
+        scores = scores.index_copy(1, known, held.masked_fill(hide, -torch.inf))
     return scores
 
 
