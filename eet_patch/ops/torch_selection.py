@@ -228,7 +228,8 @@ def _processed(
             scores < 0, scores * repetition_penalty, scores / repetition_penalty
         )
         scores = torch.where(has_token, penalised, scores)
-    hidden = []  # columns, and the rows in which they count; few, so no mask of all is made
+    # Columns, and the rows in which they count; few, so no mask of all is made.
+    hidden: list[tuple[Tensor, Tensor | None]] = []
     if suppressed_tokens is not None:
         hidden.append((suppressed_tokens, None))
     if eos_token_ids is not None and min_len > 0:
