@@ -13,7 +13,7 @@ void embedding(Address out, Address word_weight, Address position_weight, Addres
                Address norm_bias, int64_t rows, int64_t hidden_size, int64_t vocab_size,
                int64_t num_positions, int64_t num_token_types, int64_t position_count,
                int64_t token_type_count, float word_scale, float eps, int dtype, int device,
-               Address stream, int num_threads, Address tokens) {
+               Address stream, int num_threads, Address tokens, bool chained) {
   const EmbeddingArgs args{ptr(out),
                            ptr(word_weight),
                            ptr(position_weight),
@@ -33,7 +33,8 @@ void embedding(Address out, Address word_weight, Address position_weight, Addres
                            word_scale,
                            eps,
                            static_cast<DType>(dtype),
-                           short_index_ptr(tokens)};
+                           short_index_ptr(tokens),
+                           chained};
   EET_RUN(embedding);
 }
 
@@ -439,7 +440,7 @@ PYBIND11_MODULE(_C, m) {
         A(token_type_weight), A(input_ids), A(position_ids), A(token_type_ids), A(norm_weight),
         A(norm_bias), A(rows), A(hidden_size), A(vocab_size), A(num_positions), A(num_token_types),
         A(position_count), A(token_type_count), A(word_scale), A(eps), EET_TAIL,
-        py::arg("tokens") = 0);
+        py::arg("tokens") = 0, py::arg("chained") = false);
   m.def("layernorm", &ep::layernorm, A(out), A(input), A(weight), A(bias), A(rows), A(hidden_size),
         A(eps), EET_TAIL, py::arg("chained") = false);
   m.def("bias_residual_layernorm", &ep::bias_residual_layernorm, A(out), A(sum_out), A(input),

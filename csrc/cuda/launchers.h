@@ -23,8 +23,13 @@ struct LinearChain {
                               // launches before this one
   const float2* norm_partials = nullptr;
   float2* out_partials = nullptr;
+  // The residual is that of a layer which normalises behind it, not normalised yet, with its
+  // statistics: for a product that `linear_takes_residual_norm` says yes to.
+  const void *residual_norm_weight = nullptr, *residual_norm_bias = nullptr;
+  const float2* residual_partials = nullptr;
 };
 bool linear_takes_partials(const LinearArgs& args);
+bool linear_takes_residual_norm(const LinearArgs& args);
 int64_t norm_tiles(int64_t features);
 
 template <typename T>

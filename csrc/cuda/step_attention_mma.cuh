@@ -64,7 +64,6 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   }
   release_dependents();
   if (split.index >= split.used) return;
-  const int64_t part_stride = p.part_stride;
   const T* query = p.qkv + split.row * p.query_stride + split.head * p.head_dim;
   const bool has_new = !p.past_only && split.index == split.used - 1;
   wait_for_predecessor();
@@ -86,8 +85,8 @@ __global__ void __launch_bounds__(kStepThreads, 4)
     for (int unit = lane; unit < 2 * units; unit += kWarpSize) {
       const int column = unit % units * 8;
       T* cache = unit < units ? p.key_cache : p.value_cache;
-      *reinterpret_cast<uint4*>(cache + target + column) = __ldcg(
-          reinterpret_cast<const uint4*>(query + (unit < units ? 1 : 2) * part_stride + column));
+      *reinterpret_cast<uint4*>(cache + target + column) = __ldcg(reinterpret_cast<const uint4*>(
+          query + (unit < units ? p.key_offset : p.value_offset) + column));
     }
   }
 
@@ -154,14 +153,14 @@ __global__ void __launch_bounds__(kStepThreads, 4)
     for (int column = 2 * lane; column < p.head_dim; column += 2 * kWarpSize) {
       const float2 a = unpack2<T>(__ldcg(reinterpret_cast<const uint32_t*>(query + column)));
       const float2 b =
-          unpack2<T>(__ldcg(reinterpret_cast<const uint32_t*>(query + part_stride + column)));
+          unpack2<T>(__ldcg(reinterpret_cast<const uint32_t*>(query + p.key_offset + column)));
       score = fmaf(a.x, b.x, fmaf(a.y, b.y, score));
     }
     score = warp_sum(score) * p.scale;
     if (!(score <= maximum)) rescale(score);
     const float probability = exp2_fast(score - maximum);
     total += probability;
-    const T* value = query + 2 * part_stride;
+    const T* value = query + p.value_offset;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int column = step * 16 + g;

@@ -359,6 +359,8 @@ def _first_product(
     tile = tile_for(flat, (weight,), (bias,), in_out, activation)
     if tile is not None:
         return linear_tiles(flat, (weight,), (bias,), tile, activation, chained=chained)
+    if activation == "relu" and bias is not None and flat.device.type == "cuda" and not in_out:
+        return torch._addmm_activation(bias, flat, weight.t())  # cuBLASLt does it behind the sum
     inner = torch_linear(flat, weight, None, in_out)
     extension().bias_activation(
         inner.data_ptr(),
