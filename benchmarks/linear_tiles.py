@@ -1,6 +1,8 @@
-"""Times every tile of `linear_tiles` beside torch's product and the activation behind it, on a
-Hopper GPU: the numbers that `eet_patch/ops/tiles.py` chooses by. Each is checked against fp32
-first, runs in a CUDA graph, and takes its weights in turn from more of them than the L2 holds.
+"""Times every tile of `linear_tiles` beside torch's product and what stands behind it, on a Hopper
+GPU: the numbers that `eet_patch/ops/tiles.py` chooses by. `out` and `fc2` are timed with the layer
+norm that follows, which adds the residual where the product doesn't. Each product is checked
+against fp32 first, runs in a CUDA graph, and takes its weights in turn from more of them than the
+L2 holds. `chosen` is the tile that the library takes, if any.
 
     python benchmarks/linear_tiles.py --rows 4096 2176 --hidden 768 1024
 """
@@ -14,7 +16,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from eet_patch.ops import bias_activation, tiles
+from eet_patch.ops import bias_activation, bias_residual_layernorm, layernorm, tiles
 
 NUM_WEIGHTS = 12
 REPLAYS = 3
@@ -66,7 +68,12 @@ def measure(rows: int, name: str, k: int, n: int, count: int, activation, adds) 
     residual = randn(rows, count * n).half() if adds else None
     joined, bias = [torch.cat(each) for each in weights], torch.cat(biases)
 
+    scale, shift = randn(n).half(), randn(n).half()
+
     def by_torch(i: int) -> torch.Tensor:
+        if adds:
+            product = F.linear(x, joined[i])
+            return bias_residual_layernorm(product, bias, residual, scale, shift)
         if activation is None:
             return F.linear(x, joined[i], bias)
         return bias_activation(F.linear(x, joined[i]), bias, activation)
@@ -81,16 +88,21 @@ def measure(rows: int, name: str, k: int, n: int, count: int, activation, adds) 
         def by_tile(i: int, tile: int = tile) -> torch.Tensor:
             return tiles.linear_tiles(x, weights[i], biases, tile, activation, residual, True)
 
+        def whole(i: int, by_tile: Callable[[int], torch.Tensor] = by_tile) -> torch.Tensor:
+            return layernorm(by_tile(i), scale, shift) if adds else by_tile(i)
+
         error = ((by_tile(0).float() - expected).norm() / expected.norm()).item()
         if not error < MAX_ERROR:
             raise SystemExit(f"tile {tile} is wrong at {rows} rows, {name}: error {error:.2e}")
-        found.append((median_us([lambda i=i: by_tile(i) for i in range(NUM_WEIGHTS)]), tile))
+        found.append((median_us([lambda i=i: whole(i) for i in range(NUM_WEIGHTS)]), tile))
     found.sort()
     best = "  ".join(f"{tile}: {us:.1f}" for us, tile in found[:8])
+    chosen = tiles.choose_tile(rows, k, n, count, activation, adds)
     flop = 2 * rows * k * n * count
     print(
         f"{rows:6} {name:4} {k:5} -> {count * n:5}  torch {blas:6.1f} us, "
-        f"tiles {found[0][0]:6.1f} us ({flop / found[0][0] / 1e6:.0f} TFLOP/s)  {best}",
+        f"tiles {found[0][0]:6.1f} us ({flop / found[0][0] / 1e6:.0f} TFLOP/s), "
+        f"chosen {chosen}  {best}",
         flush=True,
     )
 
