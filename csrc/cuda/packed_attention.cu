@@ -65,8 +65,9 @@ cudaError_t launch_tile(const AttentionArgs& args, bool longest_first, cudaStrea
 }
 
 // For heads of 64, args.tile names one of these. Up to kMaxShort tokens the time is that of a block
-// from its start to its end, and four small blocks a multiprocessor hide most of it; longer
-// sequences want their keys and values read by as many queries as there are at a time.
+// from its start to its end, and small blocks hide most of it (H100, 12 heads, 32 sequences of 8 to
+// 128 tokens: 7.6 us by tile 0, 9.3 by 2, 11 by 4, 12 by 5); longer sequences want their keys and
+// values read by as many queries as there are at a time.
 constexpr int kShortTile = 0, kLongTile = 3;
 constexpr int64_t kMaxShort = 128;
 template <typename T>
