@@ -24,7 +24,8 @@ from eet_patch.adapters.host import (
     recorder,
     version_before,
 )
-from eet_patch.encoding.packed import Ahead, Batch, EncoderLayer, launch_ahead
+from eet_patch.encoding.on_cuda import Ahead, launch_ahead
+from eet_patch.encoding.packed import Batch, EncoderLayer
 from eet_patch.gates import (
     Watch,
     is_transformed,
