@@ -12,10 +12,12 @@ those of the source, read once a step.
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import logging
 from argparse import Namespace
 from collections.abc import Callable
+from typing import Any
 
 import harness
 import torch
@@ -110,7 +112,7 @@ def packed(found: list[list[dict[str, Tensor]]], case: Case, beams: int) -> Tens
 
 def calls_of(
     case: Case, model: nn.Module, words: Dictionary, sample: dict[str, dict[str, Tensor]]
-) -> tuple[Callable[[], Tensor], int]:
+) -> tuple[Callable[[], Any], int]:
     """The user's call, and its beams; every hypothesis has all its tokens."""
     beams = BEAMS[case.model, case.batch_size]
     is_lm = case.model in LANGUAGE_MODEL
@@ -120,10 +122,9 @@ def calls_of(
     )
     prefix = sample["net_input"]["src_tokens"] if is_lm else None
 
-    def call() -> Tensor:
+    def call() -> Any:
         with torch.no_grad():
-            found = generator.generate([model], sample, prefix_tokens=prefix)
-        return packed(found, case, beams)
+            return generator.generate([model], sample, prefix_tokens=prefix)
 
     return call, beams
 
@@ -188,7 +189,11 @@ def run_case(case: Case, rates: harness.Rates, args: argparse.Namespace) -> list
     model, words = build_model(case.model, case.dtype, args.device)
     sample = sample_of(case, len(words), args.device)
     call, beams = calls_of(case, model, words, sample)
-    known = (Provider(BASELINE, call, one_call_warms=True), harness.patched_provider(call))
+    tensor_of = functools.partial(packed, case=case, beams=beams)
+    known = (
+        Provider(BASELINE, call, one_call_warms=True, tensor_of=tensor_of),
+        harness.patched_provider(call, tensor_of=tensor_of),
+    )
     named = [name for name in args.providers.split(",") if name]
     providers = [p for p in known if not named or p.name in named]
     found = harness.measure(providers, check_of(case, model, words, sample), args)

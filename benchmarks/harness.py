@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -78,13 +79,15 @@ class Case:
 class Provider:
     """A way to run the case. `scope` is entered around the calls and is outside the clock; leaving
     a `patched` one drops the buffers and graphs that calls leave behind. Where `one_call_warms`,
-    the check's call has done all that is done once."""
+    the check's call has done all that is done once. `tensor_of` makes of what the user's call
+    returns the tensor that is checked, outside the clock."""
 
     name: str
-    call: Callable[[], Tensor]
+    call: Callable[[], Any]
     scope: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
     patched: bool = False
     one_call_warms: bool = False
+    tensor_of: Callable[[Any], Tensor] = Tensor.clone  # compiled models may overwrite their last
 
 
 @dataclass
@@ -98,8 +101,12 @@ class Measurement:
     slow: bool = False  # a call takes longer than SLOW_MS
 
 
-def patched_provider(call: Callable[[], Tensor], name: str = PATCHED) -> Provider:
-    return Provider(name, call, eet_patch.enabled, patched=True)
+def patched_provider(
+    call: Callable[[], Any],
+    name: str = PATCHED,
+    tensor_of: Callable[[Any], Tensor] = Tensor.clone,
+) -> Provider:
+    return Provider(name, call, eet_patch.enabled, patched=True, tensor_of=tensor_of)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -192,11 +199,13 @@ def check(
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
     with provider.scope():
-        result = provider.call().clone()  # compiled models may overwrite their last result
+        returned = provider.call()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+            measurement.peak_gb = torch.cuda.max_memory_allocated(device) / 1e9
+        first = time.perf_counter() - started
+        result = provider.tensor_of(returned)
         targets = eet_patch.report().targets
-    if device != "cpu":
-        measurement.peak_gb = torch.cuda.max_memory_allocated(device) / 1e9
-    first = time.perf_counter() - started
     # A first guess, which the first timed call puts right.
     measurement.slow = provider.one_call_warms and first * 1e3 > SLOW_MS
     measurement.max_error, measurement.checked = compare(provider, result)

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 from eet_patch.ops import bias_activation, tiles
 
-NUM_TILES = 54
 NUM_WEIGHTS = 12
 REPLAYS = 3
 RUNS = 7
@@ -77,7 +76,7 @@ def measure(rows: int, name: str, k: int, n: int, count: int, activation, adds) 
     expected = expected + residual.float() if adds else expected
     blas = median_us([lambda i=i: by_torch(i) for i in range(NUM_WEIGHTS)])
     found = []
-    for tile in range(NUM_TILES):
+    for tile in range(tiles.NUM_TILES):
 
         def by_tile(i: int, tile: int = tile) -> torch.Tensor:
             return tiles.linear_tiles(x, weights[i], biases, tile, activation, residual, True)

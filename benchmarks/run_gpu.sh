@@ -50,7 +50,7 @@ for part in "$@"; do
     options) run options python3 benchmarks/gpt2_options.py --models small,xl "${few[@]}" ;;
     prefill) run prefill python3 benchmarks/gpt2_prefill.py "${few[@]}" ;;
     first_call) run first_call python3 benchmarks/gpt2_first_call.py ;;
-    fairseq) run fairseq env EET_FAIRSEQ_CUDA=1 python3 benchmarks/fairseq_beam.py "${few[@]}" ;;
+    fairseq) run fairseq python3 benchmarks/fairseq_beam.py "${few[@]}" ;;
     memory) run memory python3 benchmarks/gpt2_first_call.py --models small,8b --runs 1 ;;
     *) echo "run_gpu.sh knows no part $part" && exit 2 ;;
   esac

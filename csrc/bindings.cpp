@@ -13,7 +13,7 @@ void embedding(Address out, Address word_weight, Address position_weight, Addres
                Address norm_bias, int64_t rows, int64_t hidden_size, int64_t vocab_size,
                int64_t num_positions, int64_t num_token_types, int64_t position_count,
                int64_t token_type_count, float word_scale, float eps, int dtype, int device,
-               Address stream, int num_threads, Address tokens) {
+               Address stream, int num_threads, Address tokens, bool chained) {
   const EmbeddingArgs args{ptr(out),
                            ptr(word_weight),
                            ptr(position_weight),
@@ -33,7 +33,8 @@ void embedding(Address out, Address word_weight, Address position_weight, Addres
                            word_scale,
                            eps,
                            static_cast<DType>(dtype),
-                           short_index_ptr(tokens)};
+                           short_index_ptr(tokens),
+                           chained};
   EET_RUN(embedding);
 }
 
@@ -132,7 +133,7 @@ AttentionArgs attention_args(Address out, Address query, Address key, Address va
                              int64_t batch, int64_t num_heads, int64_t num_kv_heads,
                              int64_t head_dim, int64_t q_len, int64_t kv_len, bool causal,
                              float softmax_scale, int dtype, Address workspace,
-                             int64_t workspace_bytes, int64_t total_tokens) {
+                             int64_t workspace_bytes, int64_t total_tokens, int tile) {
   AttentionArgs args{};
   args.out = ptr(out);
   args.query = ptr(query);
@@ -157,6 +158,7 @@ AttentionArgs attention_args(Address out, Address query, Address key, Address va
   args.workspace = ptr(workspace);
   args.workspace_bytes = workspace_bytes;
   args.total_tokens = total_tokens;
+  args.tile = tile;
   return args;
 }
 
@@ -165,12 +167,12 @@ void attention(Address out, Address query, Address key, Address value, const Tri
                const MaskTuple& mask, Address cu_seqlens, Address kv_start, int64_t batch,
                int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t q_len,
                int64_t kv_len, bool causal, float softmax_scale, Address workspace,
-               int64_t workspace_bytes, int64_t total_tokens, int dtype, int device, Address stream,
-               int num_threads) {
+               int64_t workspace_bytes, int64_t total_tokens, int tile, int dtype, int device,
+               Address stream, int num_threads) {
   const AttentionArgs args = attention_args(
       out, query, key, value, out_strides, query_strides, key_strides, value_strides, mask,
       cu_seqlens, kv_start, batch, num_heads, num_kv_heads, head_dim, q_len, kv_len, causal,
-      softmax_scale, dtype, workspace, workspace_bytes, total_tokens);
+      softmax_scale, dtype, workspace, workspace_bytes, total_tokens, tile);
   EET_RUN(attention);
 }
 
@@ -178,7 +180,7 @@ int64_t attention_workspace_bytes(int64_t batch, int64_t num_heads, int64_t head
                                   int64_t kv_len, int dtype, int device) {
   const AttentionArgs args =
       attention_args(0, 0, 0, 0, {}, {}, {}, {}, {}, 0, 0, batch, num_heads, num_heads, head_dim,
-                     q_len, kv_len, false, 1.0f, dtype, 0, 0, 0);
+                     q_len, kv_len, false, 1.0f, dtype, 0, 0, 0, -1);
   (void)device;
   return EET_ON_DEVICE(attention_workspace_bytes(args));
 }
@@ -438,7 +440,7 @@ PYBIND11_MODULE(_C, m) {
         A(token_type_weight), A(input_ids), A(position_ids), A(token_type_ids), A(norm_weight),
         A(norm_bias), A(rows), A(hidden_size), A(vocab_size), A(num_positions), A(num_token_types),
         A(position_count), A(token_type_count), A(word_scale), A(eps), EET_TAIL,
-        py::arg("tokens") = 0);
+        py::arg("tokens") = 0, py::arg("chained") = false);
   m.def("layernorm", &ep::layernorm, A(out), A(input), A(weight), A(bias), A(rows), A(hidden_size),
         A(eps), EET_TAIL, py::arg("chained") = false);
   m.def("bias_residual_layernorm", &ep::bias_residual_layernorm, A(out), A(sum_out), A(input),
@@ -455,7 +457,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention", &ep::attention, A(out), A(query), A(key), A(value), A(out_strides),
         A(query_strides), A(key_strides), A(value_strides), A(mask), A(cu_seqlens), A(kv_start),
         A(batch), A(num_heads), A(num_kv_heads), A(head_dim), A(q_len), A(kv_len), A(causal),
-        A(softmax_scale), A(workspace), A(workspace_bytes), A(total_tokens), EET_TAIL);
+        A(softmax_scale), A(workspace), A(workspace_bytes), A(total_tokens), A(tile), EET_TAIL);
   m.def("attention_workspace_bytes", &ep::attention_workspace_bytes, A(batch), A(num_heads),
         A(head_dim), A(q_len), A(kv_len), A(dtype), A(device));
   m.def("attention_block", &ep::attention_block, A(out), A(hidden_states), A(qkv_weights),

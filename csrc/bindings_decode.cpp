@@ -81,19 +81,21 @@ int64_t decode_layers_workspace_bytes(Address layers, int64_t capacity, int64_t 
   return EET_ON_DEVICE(decode_layers_workspace_bytes(args));
 }
 
-void step_attention(Address out, Address query, int64_t query_stride, int64_t part_stride,
-                    Address key_cache, Address value_cache, const Triple& cache_strides,
-                    Address lengths, Address kv_start, Address cache_rows, Address key_rows,
-                    int64_t capacity, int64_t max_kv_len, int64_t rows, int64_t num_heads,
-                    int64_t head_dim, bool appends, float softmax_scale, Address weights,
-                    Address weight_rows, Address weight_positions, int64_t weight_row_stride,
+void step_attention(Address out, Address query, int64_t query_stride, int64_t key_offset,
+                    int64_t value_offset, Address key_cache, Address value_cache,
+                    const Triple& cache_strides, Address lengths, Address kv_start,
+                    Address cache_rows, Address key_rows, int64_t capacity, int64_t max_kv_len,
+                    int64_t rows, int64_t num_heads, int64_t head_dim, int64_t shared_rows,
+                    bool appends, float softmax_scale, Address weights, Address weight_rows,
+                    Address weight_positions, int64_t weight_row_stride,
                     int64_t weight_position_stride, int64_t num_weights, int dtype, int device,
                     Address stream, int num_threads) {
   StepAttentionArgs args = {};
   args.out = ptr(out);
   args.query = ptr(query);
   args.query_stride = query_stride;
-  args.part_stride = part_stride;
+  args.key_offset = key_offset;
+  args.value_offset = value_offset;
   args.key_cache = ptr(key_cache);
   args.value_cache = ptr(value_cache);
   args.cache_strides = strides(cache_strides);
@@ -106,6 +108,7 @@ void step_attention(Address out, Address query, int64_t query_stride, int64_t pa
   args.rows = rows;
   args.num_heads = num_heads;
   args.head_dim = head_dim;
+  args.shared_rows = shared_rows;
   args.appends = appends;
   args.softmax_scale = softmax_scale;
   args.weights = static_cast<float*>(ptr(weights));
@@ -170,11 +173,12 @@ void bind_decode(py::module_& m) {
         A(cross_weights_position_stride), A(norm_eps), A(activation), A(head_weight),
         A(head_norm_weight), A(head_norm_bias), A(logits), A(vocab_size), A(chained), A(workspace),
         A(workspace_bytes), A(dtype), A(device), A(stream), A(num_threads));
-  m.def("step_attention", &step_attention, A(out), A(query), A(query_stride), A(part_stride),
-        A(key_cache), A(value_cache), A(cache_strides), A(lengths), A(kv_start), A(cache_rows),
-        A(key_rows), A(capacity), A(max_kv_len), A(rows), A(num_heads), A(head_dim), A(appends),
-        A(softmax_scale), A(weights), A(weight_rows), A(weight_positions), A(weight_row_stride),
-        A(weight_position_stride), A(num_weights), A(dtype), A(device), A(stream), A(num_threads));
+  m.def("step_attention", &step_attention, A(out), A(query), A(query_stride), A(key_offset),
+        A(value_offset), A(key_cache), A(value_cache), A(cache_strides), A(lengths), A(kv_start),
+        A(cache_rows), A(key_rows), A(capacity), A(max_kv_len), A(rows), A(num_heads), A(head_dim),
+        A(shared_rows), A(appends), A(softmax_scale), A(weights), A(weight_rows),
+        A(weight_positions), A(weight_row_stride), A(weight_position_stride), A(num_weights),
+        A(dtype), A(device), A(stream), A(num_threads));
   m.def("decode_layers_workspace_bytes", &decode_layers_workspace_bytes, A(layers), A(capacity),
         A(max_kv_len), A(rows), A(num_layers), A(num_heads), A(head_dim), A(intermediate_size),
         A(num_qkv_weights), A(in_out), A(dtype), A(device));

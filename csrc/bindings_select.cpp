@@ -77,10 +77,11 @@ void top_candidates(Address scores, Address tokens, Address logits, int64_t logi
                     Address row_scores, Address slots, Address lengths, Address seen,
                     Address eos_token_ids, Address suppressed_tokens, int64_t rows,
                     int64_t vocab_size, int64_t num_eos, int64_t num_suppressed, int64_t min_len,
-                    int64_t count, float repetition_penalty, Address workspace,
+                    int64_t count, float repetition_penalty, bool chained, Address workspace,
                     int64_t workspace_bytes, int dtype, int device, Address stream,
                     int num_threads) {
   TopCandidatesArgs args{};
+  args.chained = chained;
   args.scores = at<float>(scores);
   args.tokens = at<int32_t>(tokens);
   args.logits = ptr(logits);
@@ -163,8 +164,8 @@ void hypothesis_step(Address scores, Address candidate_tokens, Address running_s
                      Address input_ids, Address position_ids, Address key_rows, Address tokens,
                      Address history_scores, Address ended, Address is_done, Address ended_scores,
                      Address ended_lengths, Address ended_rows, int64_t sentences,
-                     int64_t num_beams, int64_t kept, int64_t capacity, int64_t eos, int device,
-                     Address stream, int num_threads) {
+                     int64_t num_beams, int64_t kept, int64_t capacity, int64_t eos, bool chained,
+                     int device, Address stream, int num_threads) {
   HypothesisStepArgs args{};
   args.scores = at<const float>(scores);
   args.candidate_tokens = at<const int32_t>(candidate_tokens);
@@ -188,6 +189,7 @@ void hypothesis_step(Address scores, Address candidate_tokens, Address running_s
   args.kept = kept;
   args.capacity = capacity;
   args.eos = eos;
+  args.chained = chained;
   run<HypothesisStepArgs>("hypothesis_step", &not_on_cpu<HypothesisStepArgs>,
                           EET_CUDA_ONLY(hypothesis_step), args, device, stream, num_threads);
 }
@@ -209,7 +211,7 @@ void bind_select(py::module_& m) {
   m.def("top_candidates", &top_candidates, A(scores), A(tokens), A(logits), A(logits_stride),
         A(row_scores), A(slots), A(lengths), A(seen), A(eos_token_ids), A(suppressed_tokens),
         A(rows), A(vocab_size), A(num_eos), A(num_suppressed), A(min_len), A(count),
-        A(repetition_penalty), A(workspace), A(workspace_bytes), EET_TAIL);
+        A(repetition_penalty), A(chained), A(workspace), A(workspace_bytes), EET_TAIL);
   m.def("top_candidates_workspace_bytes", &top_candidates_workspace_bytes, A(rows));
   m.def("beam_step", &beam_step, A(scores), A(candidate_tokens), A(running_scores), A(generated),
         A(tokens), A(tokens_stride), A(input_ids), A(position_ids), A(lengths), A(key_rows),
@@ -221,8 +223,8 @@ void bind_select(py::module_& m) {
   m.def("hypothesis_step", &hypothesis_step, A(scores), A(candidate_tokens), A(running_scores),
         A(ignored), A(places), A(slots), A(lengths), A(input_ids), A(position_ids), A(key_rows),
         A(tokens), A(history_scores), A(ended), A(is_done), A(ended_scores), A(ended_lengths),
-        A(ended_rows), A(sentences), A(num_beams), A(kept), A(capacity), A(eos), A(device),
-        A(stream), A(num_threads));
+        A(ended_rows), A(sentences), A(num_beams), A(kept), A(capacity), A(eos), A(chained),
+        A(device), A(stream), A(num_threads));
 #undef EET_TAIL
 #undef A
 }

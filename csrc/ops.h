@@ -48,7 +48,7 @@ struct EmbeddingArgs {
   float word_scale, eps;
   DType dtype;
   const int32_t* tokens;  // (rows,) or null
-  bool chained = false;   // CUDA: `tokens` come from the launch before, of ours
+  bool chained = false;   // CUDA: the launch before on the stream is ours and made the tokens
 };
 
 // out[r] = (input[r] - mean) / sqrt(var + eps) * weight + bias; weight and bias may be null (1 and
@@ -138,6 +138,7 @@ struct AttentionArgs {
                     // CPU: unused
   int64_t workspace_bytes;
   int64_t total_tokens;  // packed: tokens of query, key and value; 0: not known
+  int tile = -1;         // CUDA, packed: a size of tile (packed_attention.cu), < 0: chosen
 };
 
 // One attention block: norm placement, q/k/v projections, K and V written to the cache at
@@ -194,7 +195,7 @@ struct FfnArgs {
 // Attention of one new token of every row over what a cache holds of it. Row r's keys are positions
 // kv_start[r] (0 where null) up to lengths[r] of its cache row (cache_rows[r], or r where null);
 // with `key_rows` position p stands in cache row key_rows[r * capacity + p] instead. `appends`: key
-// and value of the new token stand part_stride and 2 * part_stride behind its query; they go to
+// and value of the new token stand key_offset and value_offset behind its query; they go to
 // position lengths[r] of the row's cache row and are seen. A row without keys yields zeros.
 // `weights`, where not null, gets the mean over the heads of the attention weights: num_weights of
 // them, zeros where there is no key, at row weight_rows[r] (r where null) and position
@@ -202,7 +203,7 @@ struct FfnArgs {
 struct StepAttentionArgs {
   void* out;          // (rows, num_heads * head_dim)
   const void* query;  // (rows, num_heads * head_dim), rows query_stride apart
-  int64_t query_stride, part_stride;
+  int64_t query_stride, key_offset, value_offset;
   void *key_cache, *value_cache;  // (cache rows, num_heads, capacity, head_dim), by cache_strides
   HeadStrides cache_strides;
   const int32_t* lengths;     // (rows,)
@@ -212,6 +213,9 @@ struct StepAttentionArgs {
   int64_t capacity;
   int64_t max_kv_len;  // no length is above this
   int64_t rows, num_heads, head_dim;
+  // So many rows behind each other (0 and 1: none; they divide `rows`) have one length and one
+  // start, and mostly the same keys: CUDA may read those once.
+  int64_t shared_rows;
   bool appends;
   float softmax_scale;
   float* weights;
@@ -336,6 +340,7 @@ struct TopCandidatesArgs {
   int64_t rows, vocab_size, num_eos, num_suppressed, min_len, count;
   float repetition_penalty;  // 1: off
   DType dtype;
+  bool chained;     // the launch before on the stream is decode_layers, with a head
   void* workspace;  // top_candidates_workspace_bytes(args) bytes, as of select_token
   int64_t workspace_bytes;
 };
@@ -416,6 +421,7 @@ struct HypothesisStepArgs {
   int32_t* ended_lengths;             // (places, num_beams) in tokens
   int32_t* ended_rows;                // (places, num_beams, capacity)
   int64_t sentences, num_beams, kept, capacity, eos;
+  bool chained;  // the launch before on the stream is top_candidates
 };
 // Bits of `outlook`: a running beam may still win, one may go on, a place for one that ends is
 // free. Only stop_when_full ever clears the last.

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -425,12 +425,12 @@ def _make_forward(
     names = tuple(inspect.signature(original).parameters)[1:]
     plan_call, run_call, operand_of = adapter.plan, adapter.forward, adapter.operand
     known, launch_ahead = adapter.known, adapter.ahead
+    is_compiling = torch.compiler.is_compiling
 
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # no globals: see _with_globals_of
         # First, and without touching a counter: a graph that is being compiled must see the
         # original alone.
-        if torch.compiler.is_compiling() or not patch.active:
+        if is_compiling() or not patch.active:
             return original(self, *args, **kwargs)
         arguments = dict(zip(names, args, strict=False), **kwargs)
         if launch_ahead is not None:
@@ -477,7 +477,19 @@ def _make_forward(
             _fell_back(patch, reason)
         return original(self, *args, **kwargs)
 
-    return forward
+    return functools.wraps(original)(_with_globals_of(original, forward))
+
+
+def _with_globals_of(original: Callable[..., Any], wrapper: Any) -> FunctionType:
+    """The wrapper among the globals of the original's module: TorchScript reads the source of the
+    original, and looks its names up among the globals of the function that it was given.
+    """
+    found = getattr(inspect.unwrap(original), "__globals__", None)
+    if not isinstance(found, dict) or "__builtins__" not in found:
+        return wrapper
+    return FunctionType(
+        wrapper.__code__, found, wrapper.__name__, wrapper.__defaults__, wrapper.__closure__
+    )
 
 
 GRADIENTS_NEEDED = "gradients are needed"

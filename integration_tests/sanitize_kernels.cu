@@ -301,10 +301,12 @@ void run_packed_tiles(DType dtype, int64_t head_dim) {
   args.batch = 4;
   args.head_dim = head_dim;
   args.total_tokens = kTokens;
-  for (const int64_t longest : {450, 512}) {
-    args.q_len = args.kv_len = longest;
-    call_attention(args, dtype, memory);
+  args.q_len = args.kv_len = 512;
+  for (const int tile : {-1, 2, 4, 5, 6}) {
+    args.tile = tile;
+    if (tile < 0 || head_dim == 64) call_attention(args, dtype, memory);
   }
+  args.tile = -1;
   args.cu_seqlens = memory.integers({0, 5, 5, 133});
   args.batch = 3;
   args.q_len = args.kv_len = 128;
@@ -460,6 +462,56 @@ void run_decode_layers(DType dtype, int rows, int64_t heads, int64_t head_dim, b
   args.workspace = memory.zeros(args.workspace_bytes);
   call("decode_layers", cuda::decode_layers, args);
   call("decode_layers", cuda::decode_layers, args);  // over the state that the first one left
+  if (!post_norm) return;
+  args.head_norm_weight = args.head_norm_bias = nullptr;  // the last layer's norm is the head's
+  call("decode_layers", cuda::decode_layers, args);
+}
+
+// Rows whose past is all scattered, and sentences that `shared_rows` of them look at.
+void run_step_attention(DType dtype, int64_t rows, int64_t shared_rows, int64_t heads,
+                        int64_t head_dim, bool appends) {
+  constexpr int64_t kCapacity = 70;
+  const int64_t size = heads * head_dim;
+  Operands memory(dtype);
+  std::vector<int32_t> lengths(rows), starts(rows), cache_rows(rows), key_rows(rows * kCapacity);
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t sentence = row / shared_rows;
+    lengths[row] = static_cast<int32_t>(sentence * 13 % (kCapacity - 1));
+    starts[row] = lengths[row] / 4;
+    cache_rows[row] = static_cast<int32_t>(appends ? rows - 1 - row : sentence);
+    for (int64_t key = 0; key < kCapacity; ++key) {
+      const int64_t from = key < lengths[row] / 2
+                               ? sentence * shared_rows
+                               : row / shared_rows * shared_rows + (row + key) % shared_rows;
+      key_rows[row * kCapacity + key] = static_cast<int32_t>(rows - 1 - from);
+    }
+  }
+  StepAttentionArgs args = {};
+  args.out = memory.elements(rows * size);
+  args.query = memory.elements(rows * 3 * size);
+  args.query_stride = 3 * size;
+  args.key_offset = size;
+  args.value_offset = 2 * size;
+  args.key_cache = memory.elements(rows * kCapacity * size);
+  args.value_cache = memory.elements(rows * kCapacity * size);
+  args.cache_strides = {kCapacity * size, kCapacity * head_dim, head_dim};
+  args.lengths = memory.values(lengths);
+  args.kv_start = memory.values(starts);
+  args.cache_rows = memory.values(cache_rows);
+  if (appends) args.key_rows = memory.values(key_rows);
+  args.capacity = args.max_kv_len = kCapacity;
+  args.rows = rows;
+  args.num_heads = heads;
+  args.head_dim = head_dim;
+  args.shared_rows = shared_rows;
+  args.appends = appends;
+  args.softmax_scale = 0.125f;
+  args.dtype = dtype;
+  if (!appends) {
+    args.weights = memory.values(std::vector<float>(rows * kCapacity));
+    args.weight_row_stride = args.num_weights = kCapacity;
+  }
+  call("step_attention", cuda::step_attention, args);
 }
 
 void run_select_token(DType dtype, int rows, int64_t vocab_size, bool sample, int64_t top_k,
@@ -510,6 +562,8 @@ void run_select_token(DType dtype, int rows, int64_t vocab_size, bool sample, in
   candidates.dtype = dtype;
   candidates.workspace_bytes = cuda::top_candidates_workspace_bytes(candidates);
   candidates.workspace = memory.zeros(candidates.workspace_bytes);
+  call("top_candidates", cuda::top_candidates, candidates);
+  candidates.seen = nullptr;  // two other kernels
   call("top_candidates", cuda::top_candidates, candidates);
 }
 
@@ -630,9 +684,15 @@ void run_all_generation(DType dtype, bool small) {
         run_decode_layers(dtype, rows, 2, 64, in_out, scattered, true, 9);
         run_decode_layers(dtype, rows, 2, 20, in_out, scattered, false, 130);
       }
-  for (int rows : {1, 5})
-    for (int64_t vocab_size : {31, 5000, 50257}) {
-      if (small && vocab_size > 5000) continue;
+  for (bool appends : {false, true})
+    for (int64_t shared_rows : {1, 5, 11}) {  // many heads, of which each warp has one
+      run_step_attention(dtype, 80 * shared_rows, shared_rows, shared_rows == 1 ? 25 : 6, 64,
+                         appends);
+      if (!small) run_step_attention(dtype, 60 * shared_rows, shared_rows, 30, 24, appends);
+    }
+  for (int rows : {1, 5, 70})
+    for (int64_t vocab_size : {31, 5000, 50257, 50264}) {
+      if (small && (vocab_size > 5000 || (rows > 5 && vocab_size < 5000))) continue;
       run_select_token(dtype, rows, vocab_size, false, 0, 1.0f);
       run_select_token(dtype, rows, vocab_size, true, 7, 0.9f);
       run_select_token(dtype, rows, vocab_size, true, 0, 0.9f);

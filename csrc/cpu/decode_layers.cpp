@@ -87,7 +87,8 @@ Status attend(const DecodeLayersArgs& args, const DecodeLayer& layer, const char
   if (!together) {
     StepAttentionArgs step = step_attention_args(args, layer, qkv, context_out);
     step.query_stride = 3 * hidden_size;
-    step.part_stride = hidden_size;
+    step.key_offset = hidden_size;
+    step.value_offset = 2 * hidden_size;
     step.key_cache = layer.key_cache;
     step.value_cache = layer.value_cache;
     step.cache_strides = args.cache_strides;

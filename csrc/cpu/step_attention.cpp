@@ -113,8 +113,8 @@ void write_new(const StepAttentionArgs& args, int64_t row, int64_t head) {
                          head * args.cache_strides.head +
                          args.lengths[row] * args.cache_strides.token;
   const size_t size = size_t(args.head_dim) * sizeof(T);
-  std::memcpy(static_cast<T*>(args.key_cache) + target, source + args.part_stride, size);
-  std::memcpy(static_cast<T*>(args.value_cache) + target, source + 2 * args.part_stride, size);
+  std::memcpy(static_cast<T*>(args.key_cache) + target, source + args.key_offset, size);
+  std::memcpy(static_cast<T*>(args.value_cache) + target, source + args.value_offset, size);
 }
 
 template <typename T>

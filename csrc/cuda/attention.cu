@@ -31,7 +31,7 @@ cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream, boo
   if (takes_decode_attention(args)) return launch_decode_attention<T>(args, stream, chained);
   if (args.batch > kMaxGridYZ || args.num_heads > kMaxGridYZ || args.head_dim > kMaxHeadDim)
     return cudaErrorInvalidValue;
-  if (takes_packed_attention(args)) return launch_packed_attention<T>(args, stream, chained);
+  if (takes_packed_attention(args)) return launch_packed_attention<T>(args, stream);
   const AttentionParams<T> p = attention_params<T>(args);
   constexpr int kQueries = sizeof(T) == 4 ? kFmaQueries : kAttentionQueries;
   LaunchConfig config;

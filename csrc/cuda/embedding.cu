@@ -10,7 +10,7 @@ namespace {
 constexpr int kBlockWarps = 4;
 constexpr int kRowsPerBlock = 4;  // a warp each
 constexpr int kWarpMaxSize = 1024;
-constexpr int kFewRows = 256;
+constexpr int kFewRows = 1024;
 
 template <typename T>
 struct EmbeddingParams {

@@ -41,6 +41,8 @@ __device__ __forceinline__ int keys_before(const uint32_t* keys, int count, uint
 __global__ void __launch_bounds__(kHypothesisThreads)
     hypothesis_step_kernel(const HypothesisStepArgs args) {
   __shared__ HypothesisShared shared;
+  release_dependents();
+  wait_for_predecessor();
   const int thread = static_cast<int>(threadIdx.x);
   const int beams = static_cast<int>(args.num_beams), kept = static_cast<int>(args.kept);
   const int64_t first_row = blockIdx.x * args.num_beams, capacity = args.capacity;
@@ -126,8 +128,9 @@ __global__ void __launch_bounds__(kHypothesisThreads)
   }
 
   // Where each position of a hypothesis stands. What ends is copied out before the rows are put in
-  // their new order.
-  for (int position = thread; position <= step; position += kHypothesisThreads) {
+  // their new order. A row alone has its past where it was.
+  const int first_position = beams == 1 && shared.filed[0] < 0 ? step : 0;
+  for (int position = first_position + thread; position <= step; position += kHypothesisThreads) {
     int32_t* const running = args.key_rows + first_row * capacity + position;
     int32_t* const ended = args.ended_rows + place * beams * capacity + position;
     int32_t rows[kMaxBeams];
@@ -160,6 +163,7 @@ Status hypothesis_step(const HypothesisStepArgs& args, const Context& context) {
   config.stream = stream_of(context);
   config.block = dim3(kHypothesisThreads);
   config.grid = dim3(static_cast<unsigned>(args.sentences));
+  config.chained = args.chained;
   return to_status(launch(config, hypothesis_step_kernel, args));
 }
 

@@ -23,8 +23,13 @@ struct LinearChain {
                               // launches before this one
   const float2* norm_partials = nullptr;
   float2* out_partials = nullptr;
+  // The residual is that of a layer which normalises behind it, not normalised yet, with its
+  // statistics: for a product that `linear_takes_residual_norm` says yes to.
+  const void *residual_norm_weight = nullptr, *residual_norm_bias = nullptr;
+  const float2* residual_partials = nullptr;
 };
 bool linear_takes_partials(const LinearArgs& args);
+bool linear_takes_residual_norm(const LinearArgs& args);
 int64_t norm_tiles(int64_t features);
 
 template <typename T>
@@ -40,9 +45,9 @@ cudaError_t launch_decode_attention(const AttentionArgs& args, cudaStream_t stre
 bool takes_decode_attention(const AttentionArgs& args);
 int64_t decode_attention_workspace_bytes(const AttentionArgs& args);
 
-// Packed sequences with no mask and no order, on sm_90a.
+// Packed sequences with no mask and no order, on sm_90a. Always chained: any kernel may be ahead.
 template <typename T>
-cudaError_t launch_packed_attention(const AttentionArgs& args, cudaStream_t stream, bool chained);
+cudaError_t launch_packed_attention(const AttentionArgs& args, cudaStream_t stream);
 bool takes_packed_attention(const AttentionArgs& args);
 
 }  // namespace eet_patch::cuda

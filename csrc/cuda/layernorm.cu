@@ -12,7 +12,7 @@ constexpr int kRowsPerBlock = 4;  // a warp each
 constexpr int kBlockWarps =
     4;  // a block a row, where a warp could not hold it or the rows are too few
 constexpr int kWarpMaxSize = 1024;
-constexpr int kFewRows = 256;
+constexpr int kFewRows = 1024;
 
 template <typename T>
 struct NormParams {

@@ -172,7 +172,7 @@ StreamPlan plan_stream(int tiles, int chunks, int multiprocessors) {
   return best;
 }
 
-template <typename T, int kRows, bool kInOut>
+template <typename T, int kRows, bool kInOut, bool kPostNorm>
 cudaError_t launch_stream(const LinearParams<T>& p, LaunchConfig config) {
   using Tile = StreamTile<kRows>;
   const int multiprocessors = std::max(1, device_attribute(cudaDevAttrMultiProcessorCount));
@@ -198,7 +198,7 @@ cudaError_t launch_stream(const LinearParams<T>& p, LaunchConfig config) {
   config.grid = dim3(static_cast<unsigned>(plan.blocks));
   config.block = dim3(kStreamThreads);
   config.cluster_size = plan.ranks;
-  return launch(config, linear_stream_kernel<T, kRows, kInOut>, p, maps, panels,
+  return launch(config, linear_stream_kernel<T, kRows, kInOut, kPostNorm>, p, maps, panels,
                 plan.rank_chunks * Tile::kChunkK, stages);
 }
 
@@ -227,8 +227,11 @@ cudaError_t launch_mma(const LinearParams<T>& p, LaunchConfig config) {
 
 template <typename T, int kRows, bool kInOut>
 cudaError_t launch_tensor_cores(const LinearParams<T>& p, const LaunchConfig& config) {
-  return has_bulk_copies() ? launch_stream<T, kRows, kInOut>(p, config)
-                           : launch_mma<T, kRows, kInOut>(p, config);
+  if (!has_bulk_copies()) return launch_mma<T, kRows, kInOut>(p, config);
+  if constexpr (!kInOut) {
+    if (p.residual_norm_weight != nullptr) return launch_stream<T, kRows, kInOut, true>(p, config);
+  }
+  return launch_stream<T, kRows, kInOut, false>(p, config);
 }
 
 template <typename T, bool kInOut>
@@ -258,6 +261,10 @@ bool linear_takes_partials(const LinearArgs& args) {
   return args.num_weights == 1 && takes_tensor_cores(args) && has_bulk_copies();
 }
 
+bool linear_takes_residual_norm(const LinearArgs& args) {
+  return linear_takes_partials(args) && !args.in_out && args.norm_weight == nullptr;
+}
+
 int64_t norm_tiles(int64_t features) { return ceil_div(features, kNormTile); }
 
 template <typename T>
@@ -269,7 +276,8 @@ cudaError_t launch_linear(const LinearArgs& args, cudaStream_t stream, const Lin
   const T* weights[3];
   const T* biases[3];
   p.pairs = is_even(args.out_features) && is_even(args.out_stride) && is_pair_aligned(args.out) &&
-            is_pair_aligned(args.residual);
+            is_pair_aligned(args.residual) && is_pair_aligned(chain.residual_norm_weight) &&
+            is_pair_aligned(chain.residual_norm_bias);
   for (int i = 0; i < 3; ++i) {
     const int from = i < args.num_weights ? i : 0;
     weights[i] = static_cast<const T*>(args.weight[from]);
@@ -281,6 +289,9 @@ cudaError_t launch_linear(const LinearArgs& args, cudaStream_t stream, const Lin
   p.residual = static_cast<const T*>(args.residual);
   p.norm_weight = static_cast<const T*>(args.norm_weight);
   p.norm_bias = static_cast<const T*>(args.norm_bias);
+  p.residual_norm_weight = static_cast<const T*>(chain.residual_norm_weight);
+  p.residual_norm_bias = static_cast<const T*>(chain.residual_norm_bias);
+  p.residual_partials = chain.residual_partials;
   p.norm_partials = chain.norm_partials;
   p.out_partials = chain.out_partials;
   p.input_stride = args.input_stride;

@@ -20,6 +20,10 @@ struct LinearParams {
   const T* residual;  // may be out
   const T *norm_weight, *norm_bias;
   const float2* norm_partials;  // of the input; null: the statistics are taken from the input
+  // Layer norm of the residual, whose statistics come from residual_partials; or null. Not beside
+  // one of the input.
+  const T *residual_norm_weight, *residual_norm_bias;
+  const float2* residual_partials;
   float2* out_partials;  // (rows, ceil(out_features / kNormTile)) mean, sum of squares about it
   int64_t input_stride, out_stride;
   int rows, in_features, out_features, num_weights;
@@ -49,9 +53,8 @@ __device__ __forceinline__ void finish_element(const LinearParams<T>& p, int row
   p.out[at] = from_float<T>(sum);
 }
 
-// Mean and 1 / sqrt(variance + eps) of every input row, a warp a row, by the first
-// `warps` of the block. kVector > 1 needs 16-byte
-// aligned rows.
+// Mean and 1 / sqrt(variance + eps) of every input row, a warp a row, by the first `warps` of the
+// block. kVector > 1 needs 16-byte aligned rows.
 template <typename T, int kVector>
 __device__ __forceinline__ void row_statistics(const LinearParams<T>& p, float* means,
                                                float* scales, int warps) {

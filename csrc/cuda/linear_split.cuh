@@ -26,7 +26,7 @@ struct SplitTile {
 // A cluster owns a tile of 128 rows by kN columns of one weight; each rank k_per_rank blocks of its
 // k. The first warpgroup brings tiles, the others own 64 rows each. Dynamic shared memory: the
 // ring, slabs of 16 rows of partial sums, two barriers a stage. Limits: those of
-// linear_tile_kernel; clusters of 1, 2, 3, 4, 6 or 8. weights_first: the kernel ahead wrote none of
+// linear_tile_kernel; clusters of 2, 3, 4, 6 or 8. weights_first: the kernel ahead wrote none of
 // the weights.
 template <typename T, int kN>
 __global__ void __launch_bounds__(kTileThreads, 1)

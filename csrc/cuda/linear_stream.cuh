@@ -16,9 +16,10 @@ namespace eet_patch::cuda {
 // A block (or cluster) owns tiles of kNormTile output columns and walks them, a cluster one alone;
 // each rank of a cluster owns k_per_rank consecutive k. Dynamic shared memory: the ring, `panels`
 // parts of the block's input, normalised, of kPartK columns each (all of them, or those on their
-// way), partial sums, barriers. Limits: rows <= kRows, in_features
-// (and out_features when kInOut) multiples of 8, 16-byte aligned operands. Moves every weight once.
-template <typename T, int kRows, bool kInOut>
+// way), partial sums, barriers. kPostNorm: the residual is normalised on its way in, and the input
+// is not. Limits: rows <= kRows, in_features (and out_features when kInOut) multiples of 8, 16-byte
+// aligned operands. Moves every weight once.
+template <typename T, int kRows, bool kInOut, bool kPostNorm>
 __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
                                                   : kRows <= 16 ? 3
                                                                 : 2)
@@ -32,13 +33,13 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
 
   const int rank = cluster_rank(), ranks = cluster_size();
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const bool norm = p.norm_weight != nullptr;
+  const int rows = p.rows;
+  const bool norm = !kPostNorm && p.norm_weight != nullptr;
   const uint32_t ring_address = shared_address(shared);
   T* panel = reinterpret_cast<T*>(shared + ring_stages * Tile::kChunkBytes);
-  unsigned char* after =
-      reinterpret_cast<unsigned char*>(panel) + panels * Tile::panel_bytes(p.rows);
+  unsigned char* after = reinterpret_cast<unsigned char*>(panel) + panels * Tile::panel_bytes(rows);
   float* sums = reinterpret_cast<float*>(after);
-  after += Tile::sum_bytes(p.rows, ranks);
+  after += Tile::sum_bytes(rows, ranks);
   const uint32_t full = shared_address(after), empty = full + Tile::kMaxStages * 8,
                  arrived = empty + Tile::kMaxStages * 8;
   float* means = reinterpret_cast<float*>(after + (2 * Tile::kMaxStages + 1) * 8);
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
       barrier_init(full + i * 8, 1);
       barrier_init(empty + i * 8, kStreamWarps);
     }
-    const int own_rows = p.rows > rank ? (p.rows - rank + ranks - 1) / ranks : 0;
+    const int own_rows = rows > rank ? (rows - rank + ranks - 1) / ranks : 0;
     barrier_init(arrived, 1);
     barrier_init_fence();
     for (int i = 0; i < ring_stages && load_tile < tiles; ++i) load(i);
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
   const T* part_source = p.input + part_row * p.input_stride + k_begin + part_column;
   const uint32_t part_target =
       shared_address(panel) + (part_row * Tile::kPartStride + part_column) * int(sizeof(T));
-  const uint32_t panel_bytes = Tile::panel_bytes(p.rows);
+  const uint32_t panel_bytes = Tile::panel_bytes(rows);
   constexpr int kRowStepBytes = Tile::kRowStep * Tile::kPartStride * int(sizeof(T));
   uint4 norm_weight, norm_bias;
   auto load_part_norm = [&](int part) {
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
     const bool inside = k_begin + at + part_column < k_end;
 #pragma unroll
     for (int i = 0; i < Tile::kHeld; ++i) {
-      if (part_row + i * Tile::kRowStep >= p.rows) break;
+      if (part_row + i * Tile::kRowStep >= rows) break;
       function(i, part_source + i * Tile::kRowStep * p.input_stride + at, inside);
     }
   };
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
     }
 #pragma unroll
     for (int group = 0; group < Tile::kRowGroups; ++group) {
-      const int row = min(group * 8 + line, p.rows - 1);
+      const int row = min(group * 8 + line, rows - 1);
       const uint32_t source = inputs + row * Tile::kPartStride * int(sizeof(T));
 #pragma unroll
       for (int step = 0; step < 4; step += 2) {
@@ -178,11 +179,11 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
 
   // Row r of the batch is finished by rank r % ranks, there by a warp, two columns a lane; bias and
   // residual of it are asked for when the tile begins.
-  float2 bias_terms;
+  float2 bias_terms, residual_weight, residual_bias;
   uint32_t residual_terms[kSlots];  // two elements each
   const bool pairs = p.pairs;
   const int own_row = warp * ranks + rank, slot_rows = kStreamWarps * ranks;
-  const int own_slots = own_row < p.rows ? (p.rows - own_row + slot_rows - 1) / slot_rows : 0;
+  const int own_slots = own_row < rows ? (rows - own_row + slot_rows - 1) / slot_rows : 0;
   const int64_t own_offset = own_row * p.out_stride + 2 * lane,
                 slot_stride = slot_rows * p.out_stride;
   auto load_pair = [&](const T* source, int n) -> uint32_t {
@@ -194,10 +195,16 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
   auto column_of = [&](int t, int which) { return (t - which * tiles_per_weight) * kNormTile; };
   auto load_bias = [&](int t) {
     const int which = weight_of(t);
-    const T* bias = p.bias(which);
     const int n = column_of(t, which) + 2 * lane;
-    bias_terms =
-        t < tiles && bias != nullptr ? unpack2<T>(load_pair(bias + n, n)) : make_float2(0.0f, 0.0f);
+    auto load_terms = [&](const T* terms) {
+      return t < tiles && terms != nullptr ? unpack2<T>(load_pair(terms + n, n))
+                                           : make_float2(0.0f, 0.0f);
+    };
+    bias_terms = load_terms(p.bias(which));
+    if constexpr (kPostNorm) {
+      residual_weight = load_terms(p.residual_norm_weight);
+      residual_bias = load_terms(p.residual_norm_bias);
+    }
   };
   auto load_residual = [&](int t) {
     if (p.residual == nullptr || t >= tiles) return;
@@ -219,7 +226,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = group * 8 + 2 * q + i;
-        if (row < p.rows) {
+        if (row < rows) {
           const float low = c[group][0][i] + c[group][1][i];
           const float high = c[group][0][i + 2] + c[group][1][i + 2];
           const int slot = row * rank_reciprocal >> 16, owner = row - slot * ranks;
@@ -264,7 +271,13 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
         sum.y = activate_fast(sum.y, p.activation);
       }
       if (p.residual != nullptr) {
-        const float2 residual = unpack2<T>(residual_terms[slot]);
+        float2 residual = unpack2<T>(residual_terms[slot]);
+        if constexpr (kPostNorm) {
+          const int row = own_row + slot * slot_rows;
+          const float scale = scales[row], shift = -means[row] * scale;
+          residual.x = fmaf(fmaf(residual.x, scale, shift), residual_weight.x, residual_bias.x);
+          residual.y = fmaf(fmaf(residual.y, scale, shift), residual_weight.y, residual_bias.y);
+        }
         sum.x += residual.x;
         sum.y += residual.y;
       }
@@ -314,9 +327,10 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
     }
     return;
   }
-  const float2* partials =
-      p.norm_partials + min(static_cast<int>(threadIdx.x) / (kStreamWorkers / kRows), p.rows - 1) *
-                            ((p.in_features + kNormTile - 1) / kNormTile);
+  const int norm_size = kPostNorm ? p.out_features : p.in_features;
+  const float2* partials = (kPostNorm ? p.residual_partials : p.norm_partials) +
+                           min(static_cast<int>(threadIdx.x) / (kStreamWorkers / kRows), rows - 1) *
+                               ((norm_size + kNormTile - 1) / kNormTile);
   wait_for_predecessor();
   if (p.release_late) release_dependents();
   const int parts = (chunks + Tile::kPartChunks - 1) / Tile::kPartChunks;
@@ -330,14 +344,12 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
       if (part < min(panels, parts)) copy_part(part, part);
       copy_async_commit();
     }
-    if (norm) {
-      if (p.norm_partials != nullptr) {
-        merged_statistics<T, kRows>(p, partials, means, scales);
-      } else {
-        row_statistics<T, kVector>(p, means, scales, kStreamWarps);
-      }
-      workers_sync();
+    if (kPostNorm || (norm && p.norm_partials != nullptr)) {
+      merged_statistics<kRows>(partials, rows, norm_size, p.norm_eps, means, scales);
+    } else if (norm) {
+      row_statistics<T, kVector>(p, means, scales, kStreamWarps);
     }
+    if (norm) workers_sync();
     for_units(0, [&](int i, const T*, bool) {
       if (norm) normalise_unit(held[i], part_row + i * Tile::kRowStep);
       store_shared(part_target + i * kRowStepBytes, held[i]);

@@ -42,18 +42,18 @@ struct StreamTile {
   __host__ __device__ static constexpr int panel_bytes(int rows) { return rows * kPartStride * 2; }
 };
 
-// Mean and 1 / sqrt(variance + eps) of every input row, by kStreamWorkers / kRows lanes, from what
-// the producer left of each tile of it. Sums run about the first tile's mean, so that a large mean
-// takes no digits away. The pointer is that of this lane's row, and stands before the wait for the
-// producer.
-template <typename T, int kRows>
-__device__ __forceinline__ void merged_statistics(const LinearParams<T>& p, const float2* partials,
-                                                  float* means, float* scales) {
+// Mean and 1 / sqrt(variance + eps) of the block's rows of `features` elements, by kStreamWorkers /
+// kRows lanes each, from what the producer left of each tile of them. Sums run about the first
+// tile's mean, so that a large mean takes no digits away. The pointer is that of this lane's row,
+// and stands before the wait for the producer.
+template <int kRows>
+__device__ __forceinline__ void merged_statistics(const float2* partials, int rows, int features,
+                                                  float eps, float* means, float* scales) {
   constexpr int kLanes = kStreamWorkers / kRows;
   constexpr int kTogether = 4;
   const int part = threadIdx.x % kLanes;
-  const int tiles = (p.in_features + kNormTile - 1) / kNormTile;
-  const float last_count = p.in_features - (tiles - 1) * kNormTile;
+  const int tiles = (features + kNormTile - 1) / kNormTile;
+  const float last_count = features - (tiles - 1) * kNormTile;
   const float shift = __ldcg(partials).x;
   float sum = 0.0f, squares = 0.0f;
 #pragma unroll 1
@@ -78,10 +78,10 @@ __device__ __forceinline__ void merged_statistics(const LinearParams<T>& p, cons
     squares += __shfl_xor_sync(kFullMask, squares, offset);
   }
   const int row = threadIdx.x / kLanes;
-  if (part == 0 && row < p.rows) {
-    const float inverse = __fdividef(1.0f, float(p.in_features)), mean = sum * inverse;
+  if (part == 0 && row < rows) {
+    const float inverse = __fdividef(1.0f, float(features)), mean = sum * inverse;
     means[row] = shift + mean;
-    scales[row] = rsqrtf(fmaxf(fmaf(-mean, mean, squares * inverse), 0.0f) + p.norm_eps);
+    scales[row] = rsqrtf(fmaxf(fmaf(-mean, mean, squares * inverse), 0.0f) + eps);
   }
 }
 

@@ -19,20 +19,18 @@ struct TileShape {
 };
 
 // Each entry is a kernel: launch_linear_tiles lists them in this order.
-constexpr TileShape kTileShapes[] = {{2, 96, false},  {2, 112, false}, {2, 128, false},
-                                     {2, 160, false}, {2, 192, false}, {2, 208, false},
-                                     {1, 128, true},  {1, 192, true},  {1, 256, true},
-                                     {1, 64, false},  {1, 128, false}, {1, 256, false}};
+constexpr TileShape kTileShapes[] = {{2, 112, false}, {2, 128, false}, {2, 160, false},
+                                     {2, 192, false}, {2, 208, false}, {1, 192, true},
+                                     {1, 256, true}};
 constexpr int kNumTileShapes = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
 constexpr int kNumTiles = 3 * kNumTileShapes;  // tile / kNumTileShapes is what pairs share
 
 // Tiles of 128 rows whose k a cluster splits (linear_split.cuh) follow: each width with each size
 // of cluster.
-constexpr int kSplitColumns[] = {32, 64, 96};
-constexpr int kSplitRanks[] = {1, 2, 3, 4, 6, 8};
+constexpr int kSplitColumns[] = {32, 64};
+constexpr int kSplitRanks[] = {2, 3, 4, 6, 8};
 constexpr int kNumSplitRanks = sizeof(kSplitRanks) / sizeof(kSplitRanks[0]);
-constexpr int kNumSplits = 3 * kNumSplitRanks;
-constexpr int kSplitRows = 128;
+constexpr int kNumSplits = 2 * kNumSplitRanks;
 
 template <typename T>
 cudaError_t launch_linear_split(const LinearArgs& args, int columns, int ranks, bool chained,

@@ -100,8 +100,7 @@ cudaError_t launch_linear_split(const LinearArgs& args, int columns, int ranks, 
                                 cudaStream_t stream) {
   const LinearTileParams<T> p = tile_params<T>(args);
   if (columns == 32) return launch_split_columns<T, 32>(p, args, ranks, chained, stream);
-  if (columns == 64) return launch_split_columns<T, 64>(p, args, ranks, chained, stream);
-  return launch_split_columns<T, 96>(p, args, ranks, chained, stream);
+  return launch_split_columns<T, 64>(p, args, ranks, chained, stream);
 }
 
 }  // namespace eet_patch::cuda

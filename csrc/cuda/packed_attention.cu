@@ -1,6 +1,4 @@
 // Launching of attention over packed sequences (packed_attention.cuh).
-#include <cstdlib>
-
 #include "cuda/launchers.h"
 #include "cuda/packed_attention.cuh"
 
@@ -31,7 +29,8 @@ cudaError_t make_head_map(CUtensorMap* map, const void* data, const HeadStrides&
 }
 
 template <typename T, typename Tile>
-cudaError_t launch_tile(const AttentionArgs& args, cudaStream_t stream, bool chained) {
+cudaError_t launch_tile(const AttentionArgs& args, bool longest_first, cudaStream_t stream) {
+  if (args.q_len > Tile::kMaxLength) return cudaErrorInvalidValue;
   PackedAttentionParams<T> p = {};
   const int64_t tokens = args.total_tokens;
   cudaError_t error =
@@ -51,16 +50,12 @@ cudaError_t launch_tile(const AttentionArgs& args, cudaStream_t stream, bool cha
   p.out_head_stride = args.out_strides.head;
   p.cu_seqlens = args.cu_seqlens;
   p.group_size = static_cast<int>(args.num_heads / args.num_kv_heads);
-  p.longest = static_cast<int>(std::min<int64_t>(args.q_len, Tile::kMaxLength));
-  p.longest_first = args.batch > 1 && args.batch <= kWarpSize && args.q_len > Tile::kQueries;
-  if (const char* sorted = std::getenv("EET_PACKED_SORT"); sorted != nullptr)
-    p.longest_first = std::atoi(sorted) != 0 && args.batch > 1 && args.batch <= kWarpSize;
+  p.longest = static_cast<int>(args.q_len);
+  p.longest_first = longest_first && args.batch > 1 && args.batch <= kWarpSize;
   p.scale = args.softmax_scale * kLog2E;
   LaunchConfig config;
   config.stream = stream;
   config.chained = true;  // it waits for the kernel ahead before it reads or writes anything
-  if (const char* unchained = std::getenv("EET_PACKED_UNCHAINED"); unchained != nullptr)
-    config.chained = chained || std::atoi(unchained) == 0;
   config.grid = dim3(static_cast<unsigned>(args.num_heads),
                      static_cast<unsigned>(ceil_div(args.q_len, Tile::kQueries)),
                      static_cast<unsigned>(args.batch));
@@ -69,46 +64,39 @@ cudaError_t launch_tile(const AttentionArgs& args, cudaStream_t stream, bool cha
   return launch(config, packed_attention_kernel<T, Tile>, p);
 }
 
+// For heads of 64, args.tile names one of these. Up to kMaxShort tokens the time is that of a block
+// from its start to its end, and four small blocks a multiprocessor hide most of it; longer
+// sequences want their keys and values read by as many queries as there are at a time.
+constexpr int kShortTile = 0, kLongTile = 3;
+constexpr int64_t kMaxShort = 128;
 template <typename T>
-cudaError_t launch_64(const AttentionArgs& args, cudaStream_t stream, bool chained) {
-  const char* variant = std::getenv("EET_PACKED_VARIANT");
-  int which = variant == nullptr ? -1 : std::atoi(variant);
-  if (which < 0) which = args.q_len <= 128 ? 0 : 4;
-  if (args.q_len > 128 && which < 4) which = 4;
-  switch (which) {
+cudaError_t launch_64(const AttentionArgs& args, cudaStream_t stream) {
+  const bool is_short = args.q_len <= kMaxShort;
+  switch (args.tile < 0 ? (is_short ? kShortTile : kLongTile) : args.tile) {
     case 0:
-      return launch_tile<T, PackedTile<64, 1, 64, 2, 4>>(args, stream, chained);
+      return launch_tile<T, PackedTile<64, 1, 64, 2, 4>>(args, false, stream);
     case 1:
-      return launch_tile<T, PackedTile<64, 1, 128, 1, 3>>(args, stream, chained);
+      return launch_tile<T, PackedTile<64, 1, 64, 2, 4>>(args, true, stream);
     case 2:
-      return launch_tile<T, PackedTile<64, 2, 64, 2, 2>>(args, stream, chained);
+      return launch_tile<T, PackedTile<64, 2, 64, 6, 2>>(args, false, stream);
     case 3:
-      return launch_tile<T, PackedTile<64, 2, 128, 1, 1>>(args, stream, chained);
+      return launch_tile<T, PackedTile<64, 2, 64, 6, 2>>(args, true, stream);
     case 4:
-      return launch_tile<T, PackedTile<64, 2, 64, 6, 2>>(args, stream, chained);
+      return launch_tile<T, PackedTile<64, 3, 64, 6, 1>>(args, true, stream);
     case 5:
-      return launch_tile<T, PackedTile<64, 2, 128, 3, 1>>(args, stream, chained);
+      return launch_tile<T, PackedTile<64, 3, 128, 4, 1>>(args, true, stream);
     case 6:
-      return launch_tile<T, PackedTile<64, 3, 128, 4, 1>>(args, stream, chained);
-    case 7:
-      return launch_tile<T, PackedTile<64, 1, 64, 4, 3>>(args, stream, chained);
-    case 8:
-      return launch_tile<T, PackedTile<64, 3, 96, 4, 1>>(args, stream, chained);
-    case 9:
-      return launch_tile<T, PackedTile<64, 3, 64, 6, 1>>(args, stream, chained);
-    case 10:
-      return launch_tile<T, PackedTile<64, 4, 64, 8, 1>>(args, stream, chained);
+      return launch_tile<T, PackedTile<64, 1, 64, 4, 3>>(args, true, stream);
     default:
-      return launch_tile<T, PackedTile<64, 1, 128, 3, 2>>(args, stream, chained);
+      return cudaErrorInvalidValue;
   }
 }
 
 template <typename T>
-cudaError_t launch_any(const AttentionArgs& args, cudaStream_t stream, bool chained) {
-  if (args.head_dim == 32)
-    return launch_tile<T, PackedTile<32, 2, 64, 6, 2>>(args, stream, chained);
-  if (args.head_dim == 64) return launch_64<T>(args, stream, chained);
-  return launch_tile<T, PackedTile<128, 2, 64, 5, 1>>(args, stream, chained);
+cudaError_t launch_any(const AttentionArgs& args, cudaStream_t stream) {
+  if (args.head_dim == 32) return launch_tile<T, PackedTile<32, 2, 64, 6, 2>>(args, true, stream);
+  if (args.head_dim == 64) return launch_64<T>(args, stream);
+  return launch_tile<T, PackedTile<128, 2, 64, 5, 1>>(args, true, stream);
 }
 
 bool is_aligned_view(const void* data, const HeadStrides& strides, int64_t heads) {
@@ -131,7 +119,9 @@ bool takes_packed_attention(const AttentionArgs& args) {
     return false;
   if (args.head_dim != 32 && args.head_dim != 64 && args.head_dim != 128) return false;
   if (args.causal || args.mask.kind != MaskKind::kNone || args.kv_start != nullptr) return false;
-  if (!(args.softmax_scale > 0.0f) || args.total_tokens >= int64_t(1) << 26) return false;
+  if (!(args.softmax_scale > 0.0f) || args.total_tokens >= int64_t(1) << 26 ||
+      args.q_len >= int64_t(1) << 21)
+    return false;
   return is_aligned_view(args.query, args.query_strides, args.num_heads) &&
          is_aligned_view(args.key, args.key_strides, args.num_kv_heads) &&
          is_aligned_view(args.value, args.value_strides, args.num_kv_heads) &&
@@ -139,18 +129,16 @@ bool takes_packed_attention(const AttentionArgs& args) {
 }
 
 template <>
-cudaError_t launch_packed_attention<float>(const AttentionArgs&, cudaStream_t, bool) {
+cudaError_t launch_packed_attention<float>(const AttentionArgs&, cudaStream_t) {
   return cudaErrorInvalidValue;  // takes_packed_attention says no
 }
 template <>
-cudaError_t launch_packed_attention<__half>(const AttentionArgs& args, cudaStream_t stream,
-                                            bool chained) {
-  return launch_any<__half>(args, stream, chained);
+cudaError_t launch_packed_attention<__half>(const AttentionArgs& args, cudaStream_t stream) {
+  return launch_any<__half>(args, stream);
 }
 template <>
-cudaError_t launch_packed_attention<__nv_bfloat16>(const AttentionArgs& args, cudaStream_t stream,
-                                                   bool chained) {
-  return launch_any<__nv_bfloat16>(args, stream, chained);
+cudaError_t launch_packed_attention<__nv_bfloat16>(const AttentionArgs& args, cudaStream_t stream) {
+  return launch_any<__nv_bfloat16>(args, stream);
 }
 
 }  // namespace eet_patch::cuda

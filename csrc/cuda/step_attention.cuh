@@ -21,16 +21,17 @@ template <typename T>
 struct StepAttentionParams {
   T* out;        // (rows, hidden_size)
   const T* qkv;  // (rows, 3 * hidden_size); where the past alone is seen, queries
-  int64_t query_stride, part_stride;  // of rows; from query to key, and to value
-  bool past_only;                     // no row has a new key
-  bool starts_alone;                  // for the launcher: what is ahead is not of the same call
+  int64_t query_stride, key_offset, value_offset;  // of rows; from query to new key, to new value
+  bool past_only;                                  // no row has a new key
+  bool starts_alone;  // for the launcher: what is ahead is not of the same call
   T *key_cache, *value_cache;
   const int32_t *lengths, *kv_start, *cache_rows, *key_rows;
   HeadStrides strides;
   int64_t capacity;
   int num_heads, head_dim;
-  bool vectors;  // rows may be read and written 16 bytes at a time
-  float scale;   // softmax_scale * log2(e): exp2 serves
+  int shared_rows;  // so many rows behind each other have one length and start, and share keys
+  bool vectors;     // rows may be read and written 16 bytes at a time
+  float scale;      // softmax_scale * log2(e): exp2 serves
 };
 
 // One split of the keys (blockIdx.x, also the rank in the cluster) of one head (y) of one row (z).
@@ -45,7 +46,10 @@ struct StepSplit {
   int64_t head_offset, own_row;
 
   __device__ __forceinline__ explicit StepSplit(const StepAttentionParams<T>& p)
-      : index(blockIdx.x), count(gridDim.x), head(blockIdx.y), row(blockIdx.z) {
+      : StepSplit(p, blockIdx.y, blockIdx.x, gridDim.x) {}
+  __device__ __forceinline__ StepSplit(const StepAttentionParams<T>& p, int head, int index,
+                                       int count)
+      : index(index), count(count), head(head), row(blockIdx.z) {
     constexpr int kRound = 16;
     length = p.lengths[row];
     const int start = p.kv_start != nullptr ? max(0, min(p.kv_start[row], length)) : 0;
@@ -151,10 +155,10 @@ __device__ __forceinline__ uint4 load_piece(const T* source, int count, bool vec
   return reinterpret_cast<const uint4&>(elements);
 }
 
-// kLanes lanes own a key at a time, kPieces 16-byte pieces of it each.
-template <typename T, int kLanes, int kPieces>
+// kLanes lanes own a key at a time, kPieces 16-byte pieces of it each; kHeadWarps warps own a head.
+template <typename T, int kLanes, int kPieces, int kHeadWarps = kStepWarps>
 struct StepAttentionTile {
-  static constexpr int kGroups = kStepThreads / kLanes;
+  static constexpr int kGroups = kHeadWarps * kWarpSize / kLanes;
   static constexpr int kUnroll = kPieces == 1   ? 4
                                  : kPieces <= 3 ? 2
                                                 : 1;  // keys of a group at once
@@ -167,23 +171,30 @@ struct StepAttentionTile {
 // in shared memory. Any head_dim up to kLanes * kPieces * 16 bytes. Dynamic shared memory: kStages
 // stages of keys and values, where a thread finds again what it asked for itself, so that it waits
 // for no other. Reads K and V once. The launch before must release its dependents late: lengths and
-// caches are read ahead of it.
-template <typename T, int kLanes, int kPieces>
+// caches are read ahead of it. kHeadWarps = 1: every warp has a head of its own, blockIdx.y counts
+// them by the block, and nothing is split: for rows so many that blocks would queue.
+template <typename T, int kLanes, int kPieces, int kHeadWarps>
 __global__ void __launch_bounds__(kStepThreads, 4)
     step_attention_kernel(const StepAttentionParams<T> p) {
-  using Tile = StepAttentionTile<T, kLanes, kPieces>;
+  static_assert(kHeadWarps == 1 || kHeadWarps == kStepWarps);
+  using Tile = StepAttentionTile<T, kLanes, kPieces, kHeadWarps>;
   constexpr int kVector = kVectorSize<T>;
   constexpr int kUnroll = Tile::kUnroll;
   constexpr int kHeadDim = kLanes * kPieces * kVector;
   extern __shared__ __align__(128) uint4 units[];
-  __shared__ float warp_out[kStepWarps][kHeadDim], warp_maximum[kStepWarps], warp_total[kStepWarps];
-  __shared__ float split_out[kMaxClusterSize][kHeadDim + 2];  // and maximum and sum of a split
+  constexpr int kMerged = kHeadWarps == 1 ? 1 : kHeadDim;  // nothing is merged in shared memory
+  __shared__ float warp_out[kStepWarps][kMerged], warp_maximum[kStepWarps], warp_total[kStepWarps];
+  __shared__ float split_out[kMaxClusterSize][kMerged + 2];  // and maximum and sum of a split
   __shared__ __align__(8) uint64_t arrived;
 
-  const StepSplit<T> split(p);
+  const int warp = threadIdx.x / kWarpSize;
+  const int head = kHeadWarps == 1 ? blockIdx.y * kStepWarps + warp : blockIdx.y;
+  if (kHeadWarps == 1 && head >= p.num_heads) return;  // a whole warp leaves
+  const StepSplit<T> split(p, head, kHeadWarps == 1 ? 0 : blockIdx.x,
+                           kHeadWarps == 1 ? 1 : gridDim.x);
   if (split.index == 0) split.expect(&arrived, p.head_dim);
   const int begin = split.begin, end = split.end, length = split.length;
-  const int group = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const int group = threadIdx.x % (kHeadWarps * kWarpSize) / kLanes, lane = threadIdx.x % kLanes;
 
   auto slot = [&](int stage, int u, int piece, int which) -> uint4* {
     return units + (((stage * kUnroll + u) * kPieces + piece) * 2 + which) * kStepThreads +
@@ -221,7 +232,6 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   if (split.index >= split.used) return;
   wait_for_predecessor();
 
-  const int64_t part_stride = p.part_stride;
   const T* query = p.qkv + split.row * p.query_stride + split.head * p.head_dim;
   const bool has_new = !p.past_only && split.index == split.used - 1;
   float q[kPieces][kVector], out[kPieces][kVector] = {};
@@ -233,8 +243,8 @@ __global__ void __launch_bounds__(kStepThreads, 4)
       const int column = (piece * kLanes + lane) * kVector, count = p.head_dim - column;
       loaded[piece][0] = load_piece(query + column, count, p.vectors);
       if (!has_new) continue;
-      loaded[piece][1] = load_piece(query + part_stride + column, count, p.vectors);
-      loaded[piece][2] = load_piece(query + 2 * part_stride + column, count, p.vectors);
+      loaded[piece][1] = load_piece(query + p.key_offset + column, count, p.vectors);
+      loaded[piece][2] = load_piece(query + p.value_offset + column, count, p.vectors);
     }
     float score = 0.0f;
 #pragma unroll
@@ -263,8 +273,8 @@ __global__ void __launch_bounds__(kStepThreads, 4)
             *reinterpret_cast<uint4*>(p.value_cache + target + column) = loaded[piece][2];
           } else {
             for (int i = 0; i < min(count, kVector); ++i) {
-              p.key_cache[target + column + i] = query[part_stride + column + i];
-              p.value_cache[target + column + i] = query[2 * part_stride + column + i];
+              p.key_cache[target + column + i] = query[p.key_offset + column + i];
+              p.value_cache[target + column + i] = query[p.value_offset + column + i];
             }
           }
         }
@@ -333,7 +343,25 @@ __global__ void __launch_bounds__(kStepThreads, 4)
       }
     }
   }
-  const int warp = threadIdx.x / kWarpSize;
+  if constexpr (kHeadWarps == 1) {
+    if (group != 0) return;
+    // A row of which nothing is seen yields zeros.
+    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    T* target = p.out + (split.row * int64_t(p.num_heads) + head) * p.head_dim;
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const int column = (piece * kLanes + lane) * kVector;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) out[piece][i] *= inverse;
+      if (p.vectors && column < p.head_dim) {
+        store_vector(target + column, out[piece]);
+      } else {
+        for (int i = 0; i < min(p.head_dim - column, kVector); ++i)
+          target[column + i] = from_float<T>(out[piece][i]);
+      }
+    }
+    return;
+  }
   if (threadIdx.x % kWarpSize < kLanes) {
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
@@ -345,7 +373,8 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   }
   __syncthreads();
 
-  finish_step_attention(p, split, warp_out, warp_maximum, warp_total, split_out, &arrived);
+  if constexpr (kHeadWarps > 1)
+    finish_step_attention(p, split, warp_out, warp_maximum, warp_total, split_out, &arrived);
 }
 
 }  // namespace eet_patch::cuda

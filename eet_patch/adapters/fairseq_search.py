@@ -5,7 +5,6 @@ The encoder, and scores that are not plain beam search, stay the host's own obje
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,8 +26,6 @@ from eet_patch.generation.sentence_step import BLOCK
 from eet_patch.ops.beam_state import MAX_BEAMS, MAX_CANDIDATES
 from eet_patch.patching import Adapter
 
-# Whoever sets it to 1 has the search on CUDA too, where no test of it has run yet.
-ON_CUDA = "EET_FAIRSEQ_CUDA"
 # Weights of a sentence's attention are formed by a kernel that keeps them on chip.
 MAX_SOURCE_LEN = 8192
 # Its searches that read nothing of a step but scores, and change nothing outside themselves.
@@ -110,8 +107,6 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         model = decoder_of(host.decoder, has_encoder)
         if isinstance(model, str):
             return model
-        if model.word_weight.device.type == "cuda" and os.environ.get(ON_CUDA) != "1":
-            return f"the search has not been tested on CUDA yet ({ON_CUDA}=1 tries it)"
         if source.device != model.word_weight.device:
             return f"the source is on {source.device} and the model on {model.word_weight.device}"
         if model.layers[0].cross is not None and source.shape[1] > MAX_SOURCE_LEN:
@@ -252,6 +247,7 @@ def hypotheses(
     if ended.weights is not None:
         attention = ended.weights[:source_len].split(ended.lengths, 1)
     single = scores.unbind()
+    alignment = torch.empty(len(ended.lengths), 0).unbind()
     on_host = scores.tolist()
     found, first = [], 0
     for count in ended.counts:
@@ -262,7 +258,7 @@ def hypotheses(
                     "tokens": tokens[index],
                     "score": single[index],
                     "attention": attention[index],
-                    "alignment": torch.empty(0),
+                    "alignment": alignment[index],
                     "positional_scores": positional[index],
                 }
                 for index in order

@@ -19,6 +19,7 @@ CHUNK = 8  # steps between two looks at the tokens
 # Batches that graphs are captured for as rows end; a few ended rows more cost less than a graph
 # for every number.
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+ROW_COUNTS = sorted({*BATCH_SIZES, 5, 7, 10, 14, 20, 28, 40, 56})  # where a row is a sequence
 
 
 class _Look(NamedTuple):
@@ -82,6 +83,7 @@ def decode_on_device(
     """
     can_end = bool(choice.eos_token_ids)
     on_gpu = step.device.type == "cuda"
+    drops = can_end and may_shrink and step.batch_size > 1
     chunk = CHUNK if on_gpu else 1
     generator_before = _generator_state(step.device) if choice.sample and on_gpu else None
     generator_step = 0
@@ -90,6 +92,7 @@ def decode_on_device(
         step.unfinished_count.sub_(already_finished.sum())
     slots = list(range(step.batch_size))  # of the rows that are under way
     queued, streamed = 0, 0
+    hidden: set[int] = set()  # slots whose past nothing reads any more
     looks: list[_Look] = []
     ended = False
 
@@ -103,16 +106,20 @@ def decode_on_device(
             for column in range(last):
                 put(look.tokens[:, column].clone())
             streamed = look.steps
-        if ended or not (can_end and may_shrink):
+        if ended or not drops:
             return
         alive = [row for row, slot in enumerate(slots) if not finished[slot]]
-        size = next((s for s in BATCH_SIZES if s >= len(alive)), len(alive))
+        size = next((s for s in ROW_COUNTS if s >= len(alive)), len(alive))
         if alive and size < len(slots):
             kept = set(alive)
             filler = [row for row in range(len(slots)) if row not in kept][: size - len(alive)]
             rows = sorted(alive + filler)
             step.keep_rows(rows)
             slots = [slots[row] for row in rows]
+        over = [row for row, slot in enumerate(slots) if finished[slot] and slot not in hidden]
+        if over:  # they stay for the size of the batch alone
+            step.hide_past(over)
+            hidden.update(slots[row] for row in over)
 
     finished_at_put = [False] * step.batch_size
     if already_finished is not None:

@@ -27,7 +27,7 @@ from eet_patch.ops.beam_state import MAX_BEAMS, MAX_CANDIDATES
 from eet_patch.ops.hypotheses import Hypotheses, launch_hypothesis_step, torch_hypothesis_step
 from eet_patch.ops.launch import torch_linear
 
-CHUNK = 2  # steps between two looks at what is done
+CHUNK = 2  # steps of a graph, and the least between two looks at what is done
 # Batches are filled up to a multiple, so that graphs serve others of like size.
 FEW_SENTENCES, MULTIPLE_OF_FEW, MULTIPLE_OF_MANY = 64, 4, 8
 SIZES = (*BATCH_SIZES, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -162,10 +162,11 @@ class Search:
 
     # --- one step --------------------------------------------------------------------------------
 
-    def run_plain(self) -> None:
-        """A step and plain beam search behind it, in one graph."""
+    def run_plain(self, steps: int) -> None:
+        """So many steps, each with plain beam search behind it, in one graph."""
         step, options = self.step, self.options
         rows = len(self.alive) * options.beams
+        chained = step.ends_in_head(self.model, rows) and options.temperature == 1.0
 
         def launch() -> None:
             logits = step.logits[:rows]
@@ -183,11 +184,12 @@ class Search:
                 suppressed_tokens=self.suppressed,
                 # It counts a length without the newest token, so the least one is a token longer.
                 min_len=options.min_len + 1 if options.min_len > 0 else 0,
+                chained=chained,
             )
-            launch_hypothesis_step(self.state(), best, tokens, options.eos)
+            launch_hypothesis_step(self.state(), best, tokens, options.eos, chained=True)
 
         key = (options.beams, options.temperature, options.min_len, options.eos, options.suppressed)
-        step.run(self.model, rows, Appended(("plain", options.pad, *key), launch))
+        step.run(self.model, rows, Appended(("plain", options.pad, *key), launch), steps)
 
     def run_last(self) -> None:
         """The step in which all hypotheses end, behind which plain beam search has no choice."""
@@ -321,7 +323,8 @@ class Search:
         numbers = torch.cat([counts, lengths.view(-1)]).tolist()
         longest = max(numbers[batch:], default=0)
         at = torch.arange(longest, device=step.device)
-        used = at < lengths[:, :, None]
+        # Places of all tokens: found once, for the host waits for them.
+        used = (at < lengths[:, :, None]).view(-1).nonzero()[:, 0]
         paths = self.ended_rows[:batch, :, :longest].long()
         last = at == lengths[:, :, None] - 1
         # Token j was fed at position j + 1, but for the last, which nobody fed.
@@ -334,10 +337,15 @@ class Search:
         positional[:, :, 1:] -= sums[:, :, :-1]
         weights = None
         if step.weights is not None:
-            weights = step.weights[paths[used], at.expand_as(paths)[used]].t()
+            weights = step.weights[paths.view(-1)[used], at.expand_as(paths).reshape(-1)[used]].t()
         lengths_used = [length for length in numbers[batch:] if length]
         return Ended(
-            numbers[:batch], lengths_used, scores[there], tokens[used], positional[used], weights
+            numbers[:batch],
+            lengths_used,
+            scores[there],
+            tokens.view(-1)[used],
+            positional.view(-1)[used],
+            weights,
         )
 
 
@@ -377,18 +385,23 @@ def search(
     over, number = False, first
     # Drawing by the host must find the batch that its own loop would have.
     patient = runs_behind(step.device) and options.is_plain
+    unseen = 0  # steps since the last look
     while number <= options.max_len and not over:
-        run.make_room(number + 2)
+        steps = 1
+        if patient and number >= prefix_len and number + CHUNK <= options.max_len:
+            steps = CHUNK
+        run.make_room(number + steps + 1)
         if options.is_plain and number >= prefix_len:
-            run.run_plain() if number < options.max_len else run.run_last()
+            run.run_plain(steps) if number < options.max_len else run.run_last()
         else:
             now = None
             if prefix is not None and number < prefix_len:
                 now = prefix[run.order, number]
             run.run_in_torch(number, now, now is not None and ends[number])
-        number += 1
-        if patient and number % CHUNK and number <= options.max_len:
+        number, unseen = number + steps, unseen + steps
+        if patient and unseen < _patience(number) and number <= options.max_len:
             continue
+        unseen = 0
         looks.append((to_host(run.is_done), recorded(step.device)))
         while len(looks) > (1 if patient else 0) and not over:
             is_done, arrived = looks.popleft()
@@ -399,6 +412,11 @@ def search(
             if not over:
                 run.drop_done(flags, not patient)
     return run.results()
+
+
+def _patience(number: int) -> int:
+    """How many steps may pass between two looks: few beside those that there have been."""
+    return min(max(CHUNK, number // 16), 16)
 
 
 def runs_behind(device: torch.device) -> bool:

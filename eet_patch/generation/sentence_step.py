@@ -25,7 +25,6 @@ from eet_patch.generation.step import Appended, plain_tensors
 from eet_patch.ops import blocks, decode
 from eet_patch.ops._extension import extension, place
 from eet_patch.ops.launch import (
-    MAX_SKINNY_ROWS,
     NO_NORM,
     KVCache,
     Norm,
@@ -33,7 +32,6 @@ from eet_patch.ops.launch import (
     layernorm,
     linear,
     torch_linear,
-    uses_our_products,
 )
 
 MAX_GRAPHS = 32  # of one step: batches as they shrink
@@ -86,6 +84,7 @@ class SentenceStep:
         self._pool: Any = None
         self._stream: Any = None
         self._held: dict[object, tuple[Tensor, ...]] = {}
+        self.beams = 1
         self.key_rows = integers(i32, rows, capacity)
         # By slot and position: the token fed there, and its hypothesis' score so far.
         self.tokens = integers(i64, rows, capacity)
@@ -141,11 +140,9 @@ class SentenceStep:
             )
         self.layers = tuple(layers)
         self._table = decode.pack_layers(layers, False, model.post_norm)
-        most = self.rows  # that `decode_layers` gets
-        while most and not uses_our_products(self.hidden_states, most):
-            most = most // 2 if most > 2 * MAX_SKINNY_ROWS else most - 1
+        self._fused_rows = min(self.rows, decode.best_rows(self.hidden_states))
         self._workspace = decode.decode_layers_workspace(
-            self._table, model.word_weight, max(most, 1)
+            self._table, model.word_weight, self._fused_rows
         )
 
     def grow(self, model: SentenceDecoder, capacity: int) -> None:
@@ -178,6 +175,9 @@ class SentenceStep:
         """Sets the state before the first step of `batch` sentences: the token to feed is `first`,
         and nothing is there but the sentences.
         """
+        if beams != self.beams:
+            self._graphs.clear()  # the launches differ
+        self.beams = beams
         rows = batch * beams
         for tensor, value in (
             (self.input_ids, first),
@@ -259,14 +259,19 @@ class SentenceStep:
 
     # --- one step --------------------------------------------------------------------------------
 
-    def run(self, model: SentenceDecoder, rows: int, appended: Appended | None = None) -> None:
-        """One step of the first `rows` rows: the logits, and what is `appended` to them."""
+    def run(
+        self, model: SentenceDecoder, rows: int, appended: Appended | None = None, steps: int = 1
+    ) -> None:
+        """Steps of the first `rows` rows: the logits of each, and what is `appended` to them, whose
+        last launch is `hypothesis_step` where there are several.
+        """
 
         def launch() -> None:
             try:
-                self._launch(model, rows)
-                if appended is not None:
-                    appended.launch()
+                for step in range(steps):
+                    self._launch(model, rows, chained=step > 0)
+                    if appended is not None:
+                        appended.launch()
             except RuntimeError as error:  # kernels are loaded at their first launch
                 if "cudaErrorMemoryAllocation" in str(error):
                     raise torch.OutOfMemoryError(str(error)) from error
@@ -275,7 +280,7 @@ class SentenceStep:
         if not self._graphs_work:
             launch()
             return
-        key = (rows, None if appended is None else appended.key)
+        key = (rows, None if appended is None else appended.key, steps)
         graph = self._graphs.get(key)
         if graph is not None:
             try:
@@ -319,13 +324,17 @@ class SentenceStep:
             stacklevel=3,
         )
 
-    def _launch(self, model: SentenceDecoder, rows: int) -> None:
+    def ends_in_head(self, model: SentenceDecoder, rows: int) -> bool:
+        """Whether the last launch of a step is that of `decode_layers`, with its head."""
+        return rows <= self._fused_rows and model.project_out is None and model.head_bias is None
+
+    def _launch(self, model: SentenceDecoder, rows: int, chained: bool) -> None:
         hidden_states, logits = self.hidden_states[:rows], self.logits[:rows]
-        self._embed(model, hidden_states, self.input_ids[:rows], self.position_ids[:rows])
-        if uses_our_products(hidden_states, rows):
+        self._embed(model, hidden_states, self.input_ids[:rows], self.position_ids[:rows], chained)
+        if rows <= self._fused_rows:
             norm = model.final_norm
             head = None
-            if model.project_out is None and model.head_bias is None:
+            if self.ends_in_head(model, rows):
                 head = decode.DecodeHead(model.head_weight, norm.weight, norm.bias, logits)
             decode.launch_decode_layers(
                 hidden_states,
@@ -337,7 +346,7 @@ class SentenceStep:
                 hidden_states,
                 None,
                 self.slots,
-                self.key_rows,
+                self._key_rows(),
                 None,
                 head,
                 chained=model.project_in is None,
@@ -351,16 +360,25 @@ class SentenceStep:
                 states, norm = linear(states, (weight,), (bias,), False, norm=norm), NO_NORM
             linear(states, (model.head_weight,), (model.head_bias,), False, norm=norm, out=logits)
             return
-        states = self._through_layers(model, hidden_states)
-        product_into(logits, before_head(model, states), model.head_weight, model.head_bias)
+        states = before_head(model, self._through_layers(model, hidden_states))
+        product_into(logits, states, model.head_weight, model.head_bias)
 
     def _view(self) -> decode.CrossView | None:
         if not self.cross_len:
             return None
         return decode.CrossView(self.cross_rows, self.cross_start, self.cross_lengths, self.weights)
 
+    def _key_rows(self) -> Tensor | None:
+        """Where each row's past stands; a sentence's only row has it in its own slot."""
+        return None if self.beams == 1 else self.key_rows
+
     def _embed(
-        self, model: SentenceDecoder, out: Tensor, input_ids: Tensor, position_ids: Tensor
+        self,
+        model: SentenceDecoder,
+        out: Tensor,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        chained: bool = False,
     ) -> None:
         if model.project_in is not None:
             self._embed_projected(model, out, input_ids, position_ids)
@@ -387,6 +405,7 @@ class SentenceStep:
             model.word_scale,
             norm.eps,
             *place(out),
+            chained=chained,
         )
 
     def _embed_projected(
@@ -402,27 +421,29 @@ class SentenceStep:
             layernorm(out, model.embed_norm, out)
 
     def _through_layers(self, model: SentenceDecoder, hidden_states: Tensor) -> Tensor:
-        rows, hidden_size = hidden_states.shape
         placement = "post" if model.post_norm else "pre"
-        parts = hidden_states.new_empty(3, rows, hidden_size)
         context = torch.empty_like(hidden_states)
         for layer in self.layers:
             norm = Norm(placement, layer.norm1_weight, layer.norm1_bias, model.norm_eps)
-            normed = hidden_states if model.post_norm else layernorm(hidden_states, norm)
-            for part, weight, bias in zip(parts, layer.qkv_weights, layer.qkv_biases, strict=True):
-                product_into(part, normed, weight, bias)
+            query, key, value = blocks.project_qkv(
+                hidden_states,
+                layer.qkv_weights,
+                layer.qkv_biases,
+                False,
+                NO_NORM if model.post_norm else norm,
+            )
             decode.launch_step_attention(
                 context,
-                parts[0],
+                query,
                 layer.key_cache,
                 layer.value_cache,
                 model.num_heads,
                 layer.softmax_scale,
                 self.lengths,
-                appends=True,
-                part_stride=rows * hidden_size,
+                new=(key, value),
+                shared_rows=self.beams,
                 cache_rows=self.slots,
-                key_rows=self.key_rows,
+                key_rows=self._key_rows(),
             )
             hidden_states = blocks.project_out(
                 context, layer.out_weight, layer.out_bias, False, norm, hidden_states
@@ -452,7 +473,7 @@ class SentenceStep:
             model.num_heads,
             layer.softmax_scale,
             self.cross_lengths,
-            appends=False,
+            shared_rows=self.beams,
             kv_start=self.cross_start,
             cache_rows=self.cross_rows,
             weights=self.weights if layer is self.layers[-1] else None,

@@ -19,7 +19,7 @@ from eet_patch.ops import decode, selection
 from eet_patch.ops._extension import extension, place
 from eet_patch.ops.launch import address
 
-MAX_GRAPHS = 24  # of one step: batch sizes as it shrinks, and selections
+MAX_GRAPHS = 40  # of one step: batch sizes as it shrinks, and selections
 GRAPH_STEPS = 4  # of one graph, where nothing of the host's stands between two steps
 
 
@@ -440,7 +440,7 @@ class DecodeStep:
 
     def keep_rows(self, kept: list[int]) -> None:
         """Goes on with these rows of the step alone, in this order; their slots go with them."""
-        index = torch.tensor(kept, device=self.device)
+        index = self._index(kept)
         for state in (
             self.input_ids,
             self.position_ids,
@@ -449,3 +449,12 @@ class DecodeStep:
             self.slots,
         ):
             state[: len(kept)] = state[index]
+
+    def hide_past(self, rows: list[int]) -> None:
+        """These rows of the step read no key but their newest from now on."""
+        self.kv_start.index_fill_(0, self._index(rows), self.capacity)
+
+    def _index(self, rows: list[int]) -> Tensor:
+        """On the device, without waiting for the steps that are queued there."""
+        index = torch.tensor(rows, pin_memory=self.device.type == "cuda")
+        return index.to(self.device, non_blocking=True)

@@ -171,9 +171,10 @@ def launch_top_candidates(
     suppressed_tokens: Tensor | None = None,
     min_len: int = 0,
     repetition_penalty: float = 1.0,
+    chained: bool = False,
 ) -> None:
     """`top_candidates` without its checks, into (rows, count) buffers. On CUDA it allocates nothing
-    and may be captured.
+    and may be captured. `chained`: the launch before on the stream is `decode_layers` with a head.
     """
     rows, count = scores_out.shape
     if runs_in_torch(logits):
@@ -210,6 +211,7 @@ def launch_top_candidates(
         min_len,
         count,
         repetition_penalty,
+        chained,
         workspace.data_ptr(),
         workspace.numel(),
         *place(logits),

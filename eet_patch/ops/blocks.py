@@ -26,7 +26,7 @@ from eet_patch.ops.launch import (
     torch_linear,
     uses_our_products,
 )
-from eet_patch.ops.stacked import stacked_linear
+from eet_patch.ops.stacked import in_one_launch, stacked_linear
 from eet_patch.ops.tiles import linear_tiles, tile_for
 
 
@@ -156,7 +156,8 @@ def project_qkv(
     if norm.placement is not None:
         flat = layernorm(flat, norm)
         chained = True
-    tile = tile_for(flat, weights, biases, in_out)
+    joined = flat.device.type == "cpu" or len(weights) == 1 or in_one_launch(weights, biases)
+    tile = tile_for(flat, weights, biases, in_out, torch_launches=1 if joined else 2)
     if tile is not None:
         product = linear_tiles(flat, weights, biases, tile, chained=chained)
         return product.chunk(parts, dim=1)
@@ -358,6 +359,8 @@ def _first_product(
     tile = tile_for(flat, (weight,), (bias,), in_out, activation)
     if tile is not None:
         return linear_tiles(flat, (weight,), (bias,), tile, activation, chained=chained)
+    if activation == "relu" and bias is not None and flat.device.type == "cuda" and not in_out:
+        return torch._addmm_activation(bias, flat, weight.t())  # cuBLASLt does it behind the sum
     inner = torch_linear(flat, weight, None, in_out)
     extension().bias_activation(
         inner.data_ptr(),

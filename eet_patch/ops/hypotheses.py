@@ -102,8 +102,12 @@ def hypothesis_step(state: Hypotheses, scores: Tensor, tokens: Tensor, eos: int)
     launch_hypothesis_step(state, scores, tokens, eos)
 
 
-def launch_hypothesis_step(state: Hypotheses, scores: Tensor, tokens: Tensor, eos: int) -> None:
-    """`hypothesis_step` without its checks. On CUDA it allocates nothing and may be captured."""
+def launch_hypothesis_step(
+    state: Hypotheses, scores: Tensor, tokens: Tensor, eos: int, chained: bool = False
+) -> None:
+    """`hypothesis_step` without its checks. On CUDA it allocates nothing and may be captured.
+    `chained`: the launch before on the stream is `top_candidates`.
+    """
     beams = state.ended_scores.shape[1]
     rows, kept = scores.shape
     if runs_in_torch(scores):
@@ -121,6 +125,7 @@ def launch_hypothesis_step(state: Hypotheses, scores: Tensor, tokens: Tensor, eo
         kept,
         state.key_rows.shape[1],
         eos,
+        chained,
         *place(scores)[1:],
     )
 

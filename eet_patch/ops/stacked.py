@@ -216,6 +216,11 @@ def _order(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Any:
     return order, weight_step, bias_step
 
 
+def in_one_launch(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
+    """Whether `stacked_linear` would read all weights by one launch."""
+    return _order(weights, biases) is not None
+
+
 def stacked_linear(
     flat: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, ...] | None:

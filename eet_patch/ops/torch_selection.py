@@ -100,12 +100,16 @@ def torch_top_candidates(
     if row_scores is not None:
         scores = scores + row_scores[:, None]
     values, tokens = scores.topk(count)
-    # topk leaves the order of equal scores open, and a whole sort takes ten times as long.
-    if bool(((scores >= values[:, -1:]).sum(-1) != count).any()) or bool(
-        (values[:, 1:] == values[:, :-1]).any()
-    ):
-        values, tokens = scores.sort(descending=True, stable=True)
-        values, tokens = values[:, :count], tokens[:, :count]
+    # topk leaves the order of equal scores open, and a sort takes ten times as long: it is for the
+    # rows that need it. Beams that don't count yet have no score at all.
+    nothing = values[:, 0] == -torch.inf
+    tokens[nothing] = torch.arange(count, device=logits.device)
+    unclear = (scores >= values[:, -1:]).sum(-1) != count
+    unclear |= (values[:, 1:] == values[:, :-1]).any(-1)
+    again = (unclear & ~nothing).nonzero()[:, 0]
+    if len(again):
+        sorted_values, order = scores[again].sort(descending=True, stable=True)
+        values[again], tokens[again] = sorted_values[:, :count], order[:, :count]
     return values, tokens.to(torch.int32)
 
 
@@ -224,14 +228,18 @@ def _processed(
             scores < 0, scores * repetition_penalty, scores / repetition_penalty
         )
         scores = torch.where(has_token, penalised, scores)
-    vocabulary = torch.arange(vocab_size, device=scores.device)
+    # Columns, and the rows in which they count; few, so no mask of all is made.
+    hidden: list[tuple[Tensor, Tensor | None]] = []
     if suppressed_tokens is not None:
-        scores = scores.masked_fill(torch.isin(vocabulary, suppressed_tokens), float("-inf"))
+        hidden.append((suppressed_tokens, None))
     if eos_token_ids is not None and min_len > 0:
         assert lengths is not None
-        is_short = lengths[:, None] + 1 < min_len
-        is_eos = torch.isin(vocabulary, eos_token_ids)
-        scores = scores.masked_fill(is_short & is_eos, float("-inf"))
+        hidden.append((eos_token_ids, lengths + 1 < min_len))
+    for tokens, where in hidden:
+        known = tokens[(tokens >= 0) & (tokens < vocab_size)]
+        held = scores[:, known]
+        hide = torch.ones_like(held, dtype=torch.bool) if where is None else where[:, None]
+        scores = scores.index_copy(1, known, held.masked_fill(hide, -torch.inf))
     return scores
 
 

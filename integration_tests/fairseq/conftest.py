@@ -17,7 +17,6 @@ import numpy
 import pytest
 import torch
 
-os.environ["EET_FAIRSEQ_CUDA"] = "1"  # else the search is fairseq's own there
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 try:

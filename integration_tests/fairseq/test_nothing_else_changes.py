@@ -128,9 +128,11 @@ for name in ("fairseq_encoder_layer", "fairseq_decoder_layer"):
     assert report[name].host_version == "0.12.3"
 names = "TransformerEncoderLayerBase", "TransformerDecoderLayerBase"
 layers = [getattr(transformer_layer, name) for name in names]
-assert all(layer.forward.__globals__["__name__"] == "eet_patch.patching" for layer in layers)
+files = {layer.forward.__code__.co_filename for layer in layers}
+assert files == {eet_patch.patching.__file__}
 eet_patch.disable()
-assert all(layer.forward.__globals__ is vars(transformer_layer) for layer in layers)
+files = {layer.forward.__code__.co_filename for layer in layers}
+assert files == {transformer_layer.__file__}
 """
     )
 

@@ -217,12 +217,31 @@ def test_decode_cross_lengths(device, dtype, cross_len):
     check(case(device, dtype, sentences=2, cross_len=cross_len, ends=ends, head_dim=64))
 
 
-@pytest.mark.parametrize("rows", [(1, 1), (1, 5), (7, 1), (8, 4), (13, 5)])
-def test_decode_cross_rows(device, dtype, rows):
+@pytest.mark.parametrize("post_norm", [True, False])
+@pytest.mark.parametrize("rows", [(1, 1), (1, 5), (7, 1), (8, 4), (13, 5), (32, 5), (51, 5)])
+def test_decode_cross_rows(device, dtype, rows, post_norm):
     sentences, beams = rows
-    if device.type == "cuda" and sentences * beams > 64:
-        pytest.skip("more rows than decode_layers takes on CUDA")
-    check(case(device, dtype, sentences=sentences, beams=beams, head_dim=64, post_norm=True))
+    given = {"sentences": sentences, "beams": beams, "head_dim": 64}
+    check(case(device, dtype, **given, post_norm=post_norm))
+
+
+@pytest.mark.parametrize("rows", [(2, 4), (8, 4), (32, 5)])
+def test_decode_cross_at_size(device, dtype, rows):
+    """The heads and widths of a large translation model."""
+    if device.type == "cpu":
+        pytest.skip("slow on a CPU, and no other code")
+    sentences, beams = rows
+    given = {"sentences": sentences, "beams": beams, "num_heads": 16, "head_dim": 64}
+    check(case(device, dtype, **given, capacity=64, length=40, cross_len=30, post_norm=True))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("rows", [(2, 2), (24, 3)])
+def test_decode_cross_of_odd_width(device, dtype, rows):
+    """A width that tensor cores don't take: norms behind the blocks are launches of their own."""
+    sentences, beams = rows
+    given = {"sentences": sentences, "beams": beams, "num_heads": 3, "head_dim": 20}
+    check(case(device, dtype, **given, post_norm=True))
 
 
 @pytest.mark.sanitize
@@ -297,10 +316,11 @@ def test_step_attention(device, dtype, rows, appends):
     if not appends:
         weights = torch.full((rows, 2, capacity), float("nan"), device=device)
     own, theirs = copied(keys), copied(values)
+    query, *new = qkv.split(hidden_size, 1)
     decode.launch_step_attention(
-        out, qkv, keys, values, heads, head_dim**-0.5, move(lengths), appends=appends,
-        part_stride=hidden_size, kv_start=move(starts), cache_rows=move(cache_rows),
-        key_rows=move(key_rows),
+        out, query, keys, values, heads, head_dim**-0.5, move(lengths),
+        new=tuple(new) if appends else None,
+        kv_start=move(starts), cache_rows=move(cache_rows), key_rows=move(key_rows),
         weights=weights, weight_positions=None if appends else torch.ones_like(move(lengths)),
     )  # fmt: skip
     assert_as_accurate_as_torch(out, lambda *t: attention(*t)[0], qkv, own, theirs)
@@ -313,6 +333,62 @@ def test_step_attention(device, dtype, rows, appends):
         expected = attention(qkv.double(), keys.double(), values.double())[1]
         assert weights[:, 0].isnan().all()
         torch.testing.assert_close(weights[:, 1].double().cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    ("sentences", "beams", "heads", "head_dim", "capacity"),
+    [(2, 3, 2, 16, 20), (68, 5, 6, 64, 70), (130, 5, 3, 24, 100), (90, 13, 2, 80, 40)],
+)
+@pytest.mark.parametrize("appends", [True, False])
+def test_step_attention_of_beams(
+    device, dtype, sentences, beams, heads, head_dim, capacity, appends
+):
+    """Rows of a sentence share their keys from some position downwards, or all of them."""
+    rows, hidden_size = sentences * beams, heads * head_dim
+    sentence = torch.arange(rows) // beams
+    lengths = ((11 * sentence + 3) % (capacity - 1)).int()
+    starts = (lengths // 4 * (sentence % 2)).int()
+    cache_rows = (sentence if not appends else torch.randperm(rows)).int()
+    key_rows = None
+    if appends:
+        first = sentence[:, None] * beams
+        shared = torch.arange(capacity) < lengths[:, None] - 2 - sentence[:, None] % 7
+        mixed = first + torch.randint(beams, (rows, capacity))
+        key_rows = cache_rows[torch.where(shared, first, mixed)]
+    keys, values = (random(device, dtype, rows, heads, capacity, head_dim) for _ in range(2))
+    query, key, value = (random(device, dtype, rows, hidden_size) for _ in range(3))
+
+    def attention(query, keys, values, key, value):
+        at = torch.arange(capacity, device=query.device)
+        seen = (at < lengths.to(at)[:, None]) & (at >= starts.to(at)[:, None])
+        source = cache_rows[:, None].expand(rows, capacity) if key_rows is None else key_rows
+        k, v = (t[source.to(at), :, at].transpose(1, 2) for t in (keys, values))
+        if appends:
+            k, v = (
+                torch.cat([old, new.view(rows, heads, 1, head_dim)], 2)
+                for old, new in ((k, key), (v, value))
+            )
+            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
+        scores = query.view(rows, heads, 1, head_dim) @ k.transpose(2, 3) * head_dim**-0.5
+        weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+        return (weights @ v).reshape(rows, hidden_size)
+
+    def move(tensor):
+        return None if tensor is None else tensor.to(device)
+
+    out, own, theirs = torch.full_like(query, float("nan")), copied(keys), copied(values)
+    decode.launch_step_attention(
+        out, query, keys, values, heads, head_dim**-0.5, move(lengths),
+        new=(key, value) if appends else None, shared_rows=beams,
+        kv_start=move(starts), cache_rows=move(cache_rows), key_rows=move(key_rows),
+    )  # fmt: skip
+    assert_as_accurate_as_torch(out, attention, query, own, theirs, key, value)
+    if appends:
+        at, where = move(lengths).long(), move(cache_rows).long()
+        own[where, :, at] = key.view(rows, heads, head_dim)
+        theirs[where, :, at] = value.view(rows, heads, head_dim)
+    assert torch.equal(keys, own) and torch.equal(values, theirs)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,22 @@ def test_linear_with_more_tiles_than_blocks(device, rows):
 
 
 @layouts
+@pytest.mark.parametrize("rows", [4, 16, 30])
+@pytest.mark.parametrize(("in_features", "out_features"), [(2560, 10240), (3072, 9216)])
+def test_linear_with_two_tiles_a_cluster(device, rows, in_features, out_features, weight_layout):
+    """Sizes at which, on 132 multiprocessors, clusters of three blocks walk two tiles each."""
+    given = inputs.linear_inputs(
+        (rows, in_features),
+        out_features,
+        torch.float16,
+        device,
+        weight_layout=weight_layout,
+        norm=True,
+    )
+    check(**given, activation="gelu_tanh")
+
+
+@layouts
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("norm", ["norm", "no norm bias", "no norm"])

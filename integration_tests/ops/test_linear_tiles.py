@@ -2,13 +2,15 @@
 On the CPU, and without a tile, the same products by the extension's other code.
 """
 
+import functools
+
 import pytest
 import torch
 
+from eet_patch import ops
 from eet_patch.ops import tiles
 from eet_patch.testing import assert_as_accurate_as_torch, inputs, reference
 
-NUM_TILES = 54
 ACTIVATIONS = ["gelu", "gelu_tanh", "relu", "silu", None]
 SHAPES = [(1, 8, 8), (63, 72, 200), (129, 776, 1032), (300, 768, 2304), (2177, 72, 328)]
 
@@ -18,10 +20,10 @@ def half(request):
     return request.param
 
 
-@pytest.fixture(params=range(NUM_TILES))
+@pytest.fixture(params=range(tiles.NUM_TILES))
 def tile(request, device):
-    if request.param != 0 and (device.type == "cpu" or not tiles.has_tiles(0)):
-        pytest.skip("needs a Hopper GPU and an extension built for it")
+    if request.param != 0 and device.type == "cpu":
+        pytest.skip("the CPU has no tiles to choose from")
     if device.type == "cuda" and not tiles.has_tiles(device.index or 0):
         pytest.skip("needs a Hopper GPU and an extension built for it")
     return request.param
@@ -85,3 +87,46 @@ def test_takes_tiles(device):
     assert not tiles.takes_tiles(x[:, :60].contiguous(), (weight[:, :60],), (None,), False)
     apart = torch.randn(9 * 64 + 1, dtype=torch.float16, device=device)[1:].view(9, 64)
     assert not tiles.takes_tiles(apart, (weight,), (None,), False)
+
+
+@pytest.mark.parametrize("rows", [65, 128, 129, 448, 512, 1024, 2048, 2176, 4096, 8704, 10**6])
+@pytest.mark.parametrize("num_weights", [1, 3])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("adds_residual", [False, True])
+@pytest.mark.parametrize("torch_launches", [1, 2])
+def test_choose_tile(rows, num_weights, activation, adds_residual, torch_launches):
+    for in_features in (8, 384, 768, 1024, 3072, 4096, 16384):
+        for out_features in (8, 768, 1024, 3072, 4096):
+            sizes = (rows, in_features, out_features, num_weights)
+            tile = tiles.choose_tile(*sizes, activation, adds_residual, torch_launches)
+            assert tile is None or 0 <= tile < tiles.NUM_TILES
+            if adds_residual and activation is not None:
+                assert tile is None
+
+
+def test_choose_tile_where_it_was_measured():
+    """Fused GELU is worth it from some hundred rows on, products by themselves from 2048 on."""
+    assert tiles.choose_tile(4096, 768, 3072, 1, "gelu") is not None
+    assert tiles.choose_tile(1024, 1024, 4096, 1, "gelu") is not None
+    assert tiles.choose_tile(256, 768, 3072, 1, "gelu") is None
+    assert tiles.choose_tile(4096, 4096, 16384, 1, "gelu") is None
+    assert tiles.choose_tile(4096, 768, 768, 3) is not None
+    assert tiles.choose_tile(1024, 768, 768, 3) is None
+    assert tiles.choose_tile(1024, 768, 768, 3, torch_launches=2) is not None
+    assert tiles.choose_tile(1024, 768, 3072, 1, "relu") is None
+    assert tiles.choose_tile(4096, 768, 768, 1, None, True) is not None
+    assert tiles.choose_tile(2176, 1024, 1024, 1, None, True) is None
+
+
+@pytest.mark.parametrize("rows", [97, 520, 2176])
+@pytest.mark.parametrize("hidden", [768, 1024])
+def test_blocks_by_tiles(device, half, rows, hidden):
+    """The products of a layer as it asks for them, by whatever `choose_tile` says."""
+    for given, activation in (
+        (inputs.linear_inputs((rows, hidden), 4 * hidden, half, device), "gelu"),
+        (inputs.linear_inputs((rows, hidden), hidden, half, device, residual=True), None),
+        (inputs.linear_inputs((rows, hidden), 3 * hidden, half, device), None),
+    ):
+        out = ops.linear(**given, activation=activation)
+        expected = functools.partial(reference.linear, activation=activation)
+        assert_as_accurate_as_torch(out, expected, **given)
