@@ -82,16 +82,14 @@ class Ahead:
         self._launched: Launched | None = launched
         self.begun, self.layers, self.batch, self.forget = begun, layers, batch, forget
 
-    @property
-    def tables(self) -> object:
+    def rests_on(self, tables: object, layers: object) -> bool:
         lookup = self.batch.lookup
-        return None if lookup is None else lookup.tables
+        return lookup is not None and lookup.tables is tables and self.layers is layers
 
     def taken(self, layers: object, batch: Batch) -> Launched | None:
-        launched = self._launched
-        if launched is None or self.layers is not layers or self.batch is not batch:
+        if self.layers is not layers or self.batch is not batch:
             return None
-        self._launched = None
+        launched, self._launched = self._launched, None
         return launched
 
     def release(self) -> None:
