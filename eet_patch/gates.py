@@ -122,7 +122,16 @@ class Watch:
     5.
     """
 
-    __slots__ = ("_classes", "_like", "_noted", "_parameters", "_parts", "layer", "notes")
+    __slots__ = (
+        "__weakref__",
+        "_classes",
+        "_like",
+        "_noted",
+        "_parameters",
+        "_parts",
+        "layer",
+        "notes",
+    )
 
     def __init__(
         self, layer: nn.Module, like: Tensor, forget: Any, notes: Any = None, more: Any = ()

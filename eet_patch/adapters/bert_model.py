@@ -24,7 +24,8 @@ from eet_patch.adapters.host import (
     recorder,
     version_before,
 )
-from eet_patch.encoding.packed import Ahead, Batch, EncoderLayer, launch_ahead
+from eet_patch.encoding.on_cuda import Ahead, launch_ahead
+from eet_patch.encoding.packed import Batch
 from eet_patch.gates import (
     Watch,
     is_transformed,
@@ -62,14 +63,13 @@ class Notes(NamedTuple):
 
 class Warm(NamedTuple):
     """A model on CUDA whose last call went through: what the next one may be launched by before it
-    is looked at.
+    is looked at. Nothing is kept alive by it.
     """
 
     model: weakref.ref[Any]
-    watch: Watch  # of its embeddings
-    stack_watch: Watch
+    embeddings: weakref.ref[Watch]
+    stack: weakref.ref[Watch]
     owner: weakref.ref[Any]
-    layers: tuple[EncoderLayer, ...]
 
 
 _warm: dict[int, Warm] = {}
@@ -80,9 +80,8 @@ def _note_warm(model: Any, encoder: Encoder, like: Tensor) -> None:
     watch, number = watch_of(model._modules["embeddings"], like), id(model)
     if watch is not None and encoder.unconfirmed is not None:
         forget = partial(_forget_warm, number)
-        owner = weakref.ref(encoder.modules[0])
-        reference = weakref.ref(model, forget)
-        _warm[number] = Warm(reference, watch, encoder.unconfirmed, owner, encoder.layers)
+        found = (watch, encoder.unconfirmed, encoder.modules[0])
+        _warm[number] = Warm(weakref.ref(model, forget), *map(weakref.ref, found))
 
 
 def _forget_warm(number: int, reference: Any) -> None:
@@ -174,15 +173,17 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         if warm is None or id(warm.model()) != id(model) or is_transformed():
             return None
         embeddings, word_weight = model._modules["embeddings"], _word_weight(model, arguments)
-        if watch_of(embeddings, word_weight) is not warm.watch:
+        watch, stack, owner = warm.embeddings(), warm.stack(), warm.owner()
+        if watch is None or watch_of(embeddings, word_weight) is not watch:
             return None
-        if _ids_reason(embeddings, arguments, word_weight) or not warm.watch.parameters_stay(0):
+        if stack is None or owner is None or _ids_reason(embeddings, arguments, word_weight):
             return None
-        batch = batch_of(model, arguments, warm.layers[0].num_heads, warm.watch.notes.tables)
+        if not watch.parameters_stay(0):
+            return None
+        batch = batch_of(model, arguments, stack.notes[0].num_heads, watch.notes.tables)
         forget = partial(_warm.pop, id(model), None)
-        ready = warm.stack_watch.parameters_stay
         try:
-            return launch_ahead(warm.owner(), warm.layers, batch, ready, forget)
+            return launch_ahead(owner, stack.notes, batch, stack.parameters_stay, forget)
         except RuntimeError:
             return None  # the call itself meets it again, and says so
 
@@ -191,13 +192,15 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
     ) -> Any:
         if before_5 and arguments.get("attention_mask") is None:
             model.warn_if_padding_and_no_attention_mask(arguments["input_ids"], None)
-        # Not by tables of other parameters than the call was found to have.
-        if ahead is not None and ahead.tables is plan.tables:
-            batch = ahead.batch
+        # Not by other tables and layers than the call was found to have.
+        used = ahead is not None and ahead.rests_on(plan.tables, plan.encoder.layers)
+        if ahead is not None and used:
+            hidden_states = encoders.run(plan.encoder, ahead.batch, None, ahead)
         else:
+            if ahead is not None:
+                ahead.release()
             batch = batch_of(model, arguments, plan.encoder.layers[0].num_heads, plan.tables)
-        hidden_states = encoders.run(plan.encoder, batch, None, ahead)
-        if ahead is None and plan.encoder.unconfirmed is not None:
+            hidden_states = encoders.run(plan.encoder, batch)
             _note_warm(model, plan.encoder, batch.like)
         pooler = model.pooler  # no module where there is none
         pooled = pooler(hidden_states) if pooler is not None else None

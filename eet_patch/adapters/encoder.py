@@ -24,7 +24,9 @@ from eet_patch.adapters.host import (
     recorder,
     version_before,
 )
-from eet_patch.encoding.packed import Ahead, Batch, EncoderLayer, encode, head_tensors
+from eet_patch.encoding.encode import encode
+from eet_patch.encoding.on_cuda import Ahead
+from eet_patch.encoding.packed import Batch, EncoderLayer, head_tensors
 from eet_patch.gates import Watch, forget, note_sound, submodule_reason, watch_of
 from eet_patch.ops.packing import launch_gather_rows
 from eet_patch.patching import Adapter, Withdrawn

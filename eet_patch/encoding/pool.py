@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from eet_patch.encoding.packed import EncoderLayer, Shape
 
 MAX_STEPS = 2  # of an encoder: one for each stream that calls it
-# Shapes of a step that have graphs; the one that has waited longest gives way. Texts sorted by length
-# and cut into batches of 32, as sentence encoders do, come in some 50 shapes, one after the other.
+# Shapes of a step that have graphs; the one that has waited longest gives way. Texts sorted by
+# length and cut into batches of 32, as sentence encoders do, come in some 50 shapes in turn.
 MAX_GRAPHS = 160
 MAX_SEEN = 512  # shapes that a graph is made for when they come again
 # Buffers and scratch of a step. A batch of more tokens than fit keeps the GPU busy for longer than

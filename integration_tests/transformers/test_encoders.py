@@ -3,7 +3,9 @@ output, and each reason why the layers are run one by one instead.
 """
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -455,6 +457,27 @@ def test_embeddings_that_change_between_calls(device, change):
         torch.testing.assert_close(out[keep], own[keep], rtol=1e-4, atol=1e-4)
     row = eet_patch.report()["bert_model"]
     assert row.fallbacks == {} and row.replaced == 7
+
+
+def test_an_encoder_that_is_replaced_between_calls(device):
+    """The old one is not kept alive, and the new one is launched ahead as soon as it has run."""
+    model, inputs = tiny_bert("bert", device, num_hidden_layers=6), batch_of("right", device)
+    other = tiny_bert("bert", device, num_hidden_layers=6, seed=1)
+    keep = inputs["attention_mask"].bool()
+    old = weakref.ref(model.encoder.layer[3])
+    with torch.no_grad(), eet_patch.enabled():
+        for _ in range(4):
+            model(**inputs)
+        model.encoder = other.encoder
+        gc.collect()
+        assert old() is None
+        outs = [model(**inputs)[0] for _ in range(4)]
+    with torch.no_grad():
+        own = model(**inputs)[0]
+    for out in outs:
+        torch.testing.assert_close(out[keep], own[keep], rtol=1e-4, atol=1e-4)
+    row = eet_patch.report()["bert_model"]
+    assert row.fallbacks == {} and row.replaced == 8
 
 
 def test_calls_that_are_refused_after_they_were_launched(device):
