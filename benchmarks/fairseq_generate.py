@@ -182,7 +182,7 @@ def main() -> int:
         ]  # fmt: skip
         found = {name: Measurement() for name in (BASELINE, PATCHED)}
         printed = dict.fromkeys(found, "")
-        for turn in range(args.runs):
+        for turn in range(args.runs if is_fixture else args.slow_runs):
             for name in reversed(found) if turn % 2 else found:
                 ms, printed[name] = generate(words, name == PATCHED, args)
                 found[name].times_ms.append(ms)

@@ -96,16 +96,17 @@ def torch_top_candidates(
         suppressed_tokens,
         min_len,
         repetition_penalty,
+        in_place=True,
     )
     if row_scores is not None:
-        scores = scores + row_scores[:, None]
-    values, tokens = scores.topk(count)
+        scores += row_scores[:, None]
+    values, tokens = scores.topk(min(count + 1, scores.shape[1]))
     # topk leaves the order of equal scores open, and a sort takes ten times as long: it is for the
     # rows that need it. Beams that don't count yet have no score at all.
+    unclear = (values[:, 1:] == values[:, :-1]).any(-1) | values[:, 0].isnan()
+    values, tokens = values[:, :count].contiguous(), tokens[:, :count].contiguous()
     nothing = values[:, 0] == -torch.inf
     tokens[nothing] = torch.arange(count, device=logits.device)
-    unclear = (scores >= values[:, -1:]).sum(-1) != count
-    unclear |= (values[:, 1:] == values[:, :-1]).any(-1)
     again = (unclear & ~nothing).nonzero()[:, 0]
     if len(again):
         sorted_values, order = scores[again].sort(descending=True, stable=True)
@@ -218,8 +219,11 @@ def _processed(
     suppressed_tokens: Tensor | None,
     min_len: int,
     repetition_penalty: float,
+    in_place: bool = False,
 ) -> Tensor:
-    """What greedy and beam search share: repetition penalty and -inf for suppressed tokens."""
+    """What greedy and beam search share: repetition penalty and -inf for suppressed tokens.
+    `in_place`: the scores given may be written to.
+    """
     vocab_size = scores.shape[1]
     if seen is not None and repetition_penalty != 1:
         bits = torch.arange(WORD_BITS, dtype=torch.int32, device=scores.device)
@@ -239,7 +243,9 @@ def _processed(
         known = tokens[(tokens >= 0) & (tokens < vocab_size)]
         held = scores[:, known]
         hide = torch.ones_like(held, dtype=torch.bool) if where is None else where[:, None]
-        scores = scores.index_copy(1, known, held.masked_fill(hide, -torch.inf))
+        scores = scores if in_place else scores.clone()
+        scores.index_copy_(1, known, held.masked_fill(hide, -torch.inf))
+        in_place = True
     return scores
 
 
