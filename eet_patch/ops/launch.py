@@ -221,6 +221,8 @@ MAX_PACKED_LEN = 1 << 26
 # Whether sequences of one length go to cuDNN's attention all the same.
 CUDNN_TAKES_ALIKE = True
 CHOSEN = -1  # the size of the kernel's tiles, by the extension
+SHORT_TILE = CHOSEN
+LONG_TILE = CHOSEN
 
 
 @functools.cache
@@ -297,6 +299,8 @@ def attention(
             False,
             scale=softmax_scale,
         )[0]
+    if tile == CHOSEN and query.shape[-1] == 64 and ours:
+        tile = SHORT_TILE if max_seqlen <= 128 else LONG_TILE
     if cu_seqlens is None:
         batch, num_heads, q_len, head_dim = query.shape
         num_kv_heads, kv_len = key.shape[1], key.shape[2]
