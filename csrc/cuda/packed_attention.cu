@@ -65,10 +65,13 @@ cudaError_t launch_tile(const AttentionArgs& args, bool longest_first, cudaStrea
 }
 
 // For heads of 64, args.tile names one of these. Up to kMaxShort tokens the time is that of a block
-// from its start to its end, and small blocks hide most of it (H100, 12 heads, 32 sequences of 8 to
-// 128 tokens: 7.6 us by tile 0, 9.3 by 2, 11 by 4, 12 by 5); longer sequences want their keys and
-// values read by as many queries as there are at a time.
-constexpr int kShortTile = 0, kLongTile = 3;
+// from its start to its end, and small blocks hide most of it; longer sequences want their keys and
+// values read by more queries at a time. us a launch on an H100 (benchmarks/packed_attention.py,
+// fp16, 12 heads, inputs in the L2): 32 sequences of 8 to 128 tokens 7.4 by tile 0, 8.8 by 2
+// (torch's flash attention 14.1); 32 of 31 to 512 tokens 38.3 by 2, 39.0 by 3, 41.5 by 6, 48 to 50
+// by the others (64.4); 8 of 512 tokens 19.9 by 2 (cuDNN 22.0); 32 of 128 tokens 10.4 by 0 (11.8);
+// one of 128 tokens 3.1 by 0 (6.6).
+constexpr int kShortTile = 0, kLongTile = 2;
 constexpr int64_t kMaxShort = 128;
 template <typename T>
 cudaError_t launch_64(const AttentionArgs& args, cudaStream_t stream) {

@@ -204,8 +204,8 @@ def _torch_attends(
 
 def _torch_attends_packed(query: Tensor) -> bool:
     """Whether torch's flash attention over packed sequences is there. It was measured faster than
-    ours (H100, fp16, 12 heads of 64: 36 us against 40 for 8 sequences of 512, 65 against 83 for 32
-    of 31 to 512); shorter sequences were not timed side by side.
+    the extension's kernel for any GPU (H100, fp16, 12 heads of 64: 36 us against 40 for 8 sequences
+    of 512, 65 against 83 for 32 of 31 to 512), and slower than its kernel for Hopper.
     """
     if query.device.type != "cuda" or query.dtype == torch.float32 or query.shape[2] % 8:
         return False
@@ -214,15 +214,7 @@ def _torch_attends_packed(query: Tensor) -> bool:
 
 
 PACKED_HEAD_DIMS = (32, 64, 128)
-# The longest packed sequences that go to the extension's Hopper kernel where torch's flash
-# attention would take them too (H100, fp16, 12 heads of 64, 32 sequences of 8 to 128 tokens:
-# 7.6 us against 13.7; longer ones are right, but were not timed).
-MAX_PACKED_LEN = 1 << 26
-# Whether sequences of one length go to cuDNN's attention all the same.
-CUDNN_TAKES_ALIKE = True
 CHOSEN = -1  # the size of the kernel's tiles, by the extension
-SHORT_TILE = CHOSEN
-LONG_TILE = CHOSEN
 
 
 @functools.cache
@@ -280,12 +272,14 @@ def attention(
         )
         return context.transpose(1, 2).contiguous()
     torch_attends = short_cu_seqlens is not None and _torch_attends_packed(query)
-    ours = max_seqlen <= MAX_PACKED_LEN
-    ours = ours and takes_packed_attention(query, key, value, causal, softmax_scale)
+    # Ours took less at every shape timed (see packed_attention.cu), those of one length included.
+    torch_attends = torch_attends and not takes_packed_attention(
+        query, key, value, causal, softmax_scale
+    )
     alike = torch_attends and num_alike and torch.backends.cuda.cudnn_sdp_enabled()
-    if alike and (CUDNN_TAKES_ALIKE or not ours) and has_cudnn_attention(query.device.index):
+    if alike and has_cudnn_attention(query.device.index):
         return _cudnn_attention(query, key, value, num_alike, causal, softmax_scale)
-    if torch_attends and not ours:
+    if torch_attends:
         return torch.ops.aten._flash_attention_forward(
             query,
             key,
@@ -299,8 +293,6 @@ def attention(
             False,
             scale=softmax_scale,
         )[0]
-    if tile == CHOSEN and query.shape[-1] == 64 and ours:
-        tile = SHORT_TILE if max_seqlen <= 128 else LONG_TILE
     if cu_seqlens is None:
         batch, num_heads, q_len, head_dim = query.shape
         num_kv_heads, kv_len = key.shape[1], key.shape[2]

