@@ -47,6 +47,13 @@ inline int kernel_capability() {
   return device < kNewest ? device : kNewest;
 }
 
+// Compiled for sm_90a and running there: __CUDA_ARCH_LIST__ doesn't tell 90 from 90a, so that the
+// build must not hold plain 90 (setup.py never does).
+inline bool has_warpgroup_products() {
+  return kernel_capability() == 9 && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
+}
+
 // Returns the launch's own error and clears it, so that the next op does not report it as its own.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...),

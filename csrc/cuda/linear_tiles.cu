@@ -6,13 +6,6 @@
 namespace eet_patch::cuda {
 namespace {
 
-// Compiled for sm_90a and running there: __CUDA_ARCH_LIST__ doesn't tell 90 from 90a, so that the
-// build must not hold plain 90 (setup.py never does).
-bool has_warpgroup_products() {
-  return kernel_capability() == 9 && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
-         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
-}
-
 bool is_supported(const LinearArgs& args) {
   constexpr int64_t kVector = 8, kMost = int64_t(1) << 30;
   if (args.dtype == DType::kFloat32 || args.in_out || args.norm_weight != nullptr) return false;

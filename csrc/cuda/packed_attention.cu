@@ -1,4 +1,5 @@
 // Launching of attention over packed sequences (packed_attention.cuh).
+#include "common/launch.cuh"
 #include "cuda/launchers.h"
 #include "cuda/packed_attention.cuh"
 
@@ -107,13 +108,6 @@ bool is_aligned_view(const void* data, const HeadStrides& strides, int64_t heads
   constexpr int64_t kStep = kVectorBytes / 2;
   return is_aligned(data) && strides.token > 0 && strides.token % kStep == 0 &&
          (heads == 1 || (strides.head > 0 && strides.head % kStep == 0));
-}
-
-// Compiled for sm_90a and running there: __CUDA_ARCH_LIST__ doesn't tell 90 from 90a, so that the
-// build must not hold plain 90 (setup.py never does).
-bool has_warpgroup_products() {
-  return kernel_capability() == 9 && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
-         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
 }
 
 }  // namespace
