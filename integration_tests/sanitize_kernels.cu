@@ -2,14 +2,17 @@
 // torch in the process, so no caching allocator hides an access out of bounds: each operand is a
 // cudaMalloc of exactly its size, and the device is synchronised after each call. Values are not
 // looked at here; the pytest tests in ops/ check them. `small` as argument runs the reduced set,
-// for racecheck; `generation` behind it only what a step of generation runs. Linked with
-// csrc/cuda/*.cu (-Icsrc); the exit status is 1 if a call failed.
+// for racecheck; names of parts (see main) run only those, so that a sanitizer, which takes one
+// core, can look at several at once. Linked with csrc/cuda/*.cu (-Icsrc); the exit status is 1 if a
+// call failed or none was made.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "cuda/linear_tiles.h"
@@ -28,7 +31,7 @@ int errors = 0;
 
 int summarize() {
   std::printf("sanitize_kernels: %d calls, %d errors\n", calls, errors);
-  return errors != 0;
+  return errors != 0 || calls == 0;
 }
 
 // For the CUDA calls of this program itself: a failure there leaves nothing to go on with.
@@ -779,21 +782,30 @@ void run_all_blocks(DType dtype) {
 }  // namespace
 }  // namespace eet_patch
 
+// sanitize_kernels [small] [generation rows linear attention blocks walking tiles]: all parts
+// unless some are named.
 int main(int argc, char** argv) {
   using namespace eet_patch;
-  const bool small = argc > 1 && std::strcmp(argv[1], "small") == 0;
-  const bool only_generation = argc > 2 && std::strcmp(argv[2], "generation") == 0;
+  bool small = false;
+  std::vector<std::string> parts;
+  for (int arg = 1; arg < argc; ++arg) {
+    if (std::strcmp(argv[arg], "small") == 0) {
+      small = true;
+    } else {
+      parts.push_back(argv[arg]);
+    }
+  }
+  auto wanted = [&](const char* part) {
+    return parts.empty() || std::find(parts.begin(), parts.end(), part) != parts.end();
+  };
   for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
-    run_all_generation(dtype, small);
-    if (only_generation) continue;
-    run_all_row_ops(dtype, small);
-    run_all_linear(dtype, small);
-    run_all_attention(dtype, small);
-    run_all_blocks(dtype);
+    if (wanted("generation")) run_all_generation(dtype, small);
+    if (wanted("rows")) run_all_row_ops(dtype, small);
+    if (wanted("linear")) run_all_linear(dtype, small);
+    if (wanted("attention")) run_all_attention(dtype, small);
+    if (wanted("blocks")) run_all_blocks(dtype);
   }
-  if (!only_generation) {
-    run_walking_linear(small);
-    run_all_linear_tiles(small);
-  }
+  if (wanted("walking")) run_walking_linear(small);
+  if (wanted("tiles")) run_all_linear_tiles(small);
   return summarize();
 }

@@ -35,7 +35,7 @@ from eet_patch.ops.launch import (
 )
 
 MAX_GRAPHS = 32  # of one step: batches as they shrink
-BLOCK = 32  # tokens; capacities are multiples of it, so that calls of like lengths share buffers
+BLOCK = 16  # tokens; capacities are multiples of it, so that calls of like lengths share buffers
 
 
 def in_blocks(tokens: int) -> int:
@@ -99,6 +99,9 @@ class SentenceStep:
         like, rows, before = model.word_weight, self.rows, self.capacity
         shape = (rows, model.num_heads, capacity, model.hidden_size // model.num_heads)
         had = bool(self.keys)
+        # What holds the present buffers too: else all of them would stand beside all the new ones.
+        self._graphs.clear()
+        self.layers: tuple[decode.DecodeLayer, ...] = ()
 
         def longer(old: Tensor) -> Tensor:
             new = old.new_zeros((*old.shape[:1], capacity, *old.shape[2:]))
