@@ -15,6 +15,7 @@ from eet_patch.adapters import (
     fairseq_decoder,
     fairseq_encoder,
     fairseq_search,
+    fairseq_whole_encoder,
     gpt2,
     gpt2_lm_head,
     gpt_bigcode,
@@ -148,6 +149,14 @@ TARGETS: tuple[PatchTarget, ...] = (
         attribute="TransformerEncoderLayerBase.forward",
         requires=FAIRSEQ,
         adapter=fairseq_encoder.adapter,
+    ),
+    PatchTarget(
+        name="fairseq_encoder",
+        module="fairseq.models.transformer.transformer_encoder",
+        attribute="TransformerEncoderBase.forward_scriptable",
+        requires=FAIRSEQ,
+        adapter=fairseq_whole_encoder.adapter,
+        level="step",
     ),
     PatchTarget(
         name="fairseq_decoder_layer",

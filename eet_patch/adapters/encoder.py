@@ -99,8 +99,9 @@ class Plan(NamedTuple):
 class Encoders:
     """Encoders of one kind: whether they can be taken whole, and running them."""
 
-    def __init__(self, kind: EncoderKind, cls: type) -> None:
-        module = sys.modules[cls.__module__]
+    def __init__(self, kind: EncoderKind, cls: type, module: Any = None) -> None:
+        """`module`: where the class of the layers stands, if not beside that of the encoder."""
+        module = module or sys.modules[cls.__module__]
         self.cls = cls
         self.layer = kind.layer_kind(getattr(module, kind.layer_class))
         self._layers, self._rest = kind.layers, kind.reason

@@ -7,8 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from eet_patch.adapters.fairseq_host import (
     Activation,
+    Classes,
     activation_of,
     attention_reason,
     batch_first,
@@ -31,6 +34,14 @@ class Plan(NamedTuple):
     activation: Activation
 
 
+def modules_reason(layer: Any, classes: Classes, like: Tensor) -> str | None:
+    """Why the modules of a layer can't be fused, or None."""
+    size = like.shape[-1]
+    return attention_reason(
+        layer._modules["self_attn"], classes, like, (size, size)
+    ) or feed_forward_reason(layer, classes, like)
+
+
 def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
     classes = classes_of(cls)
 
@@ -43,10 +54,7 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         if layer.return_fc:
             return "return_fc is set, and the fused kernel doesn't keep that result"
         if not still_sound(layer, x):
-            size = x.shape[2]
-            reason = attention_reason(
-                layer._modules["self_attn"], classes, x, (size, size)
-            ) or feed_forward_reason(layer, classes, x)
+            reason = modules_reason(layer, classes, x)
             if reason is not None:
                 return reason
             note_sound(layer, x)

@@ -18,7 +18,7 @@ MORE_THAN_PADDING = "the attention mask says more than which tokens are padding"
 
 
 class EncoderLayer(NamedTuple):
-    """The parameters of one post-norm encoder layer, where the host keeps them: (out, in)."""
+    """The parameters of one encoder layer, where the host keeps them: (out, in)."""
 
     qkv_weights: Weights
     qkv_biases: Biases
@@ -32,7 +32,7 @@ class EncoderLayer(NamedTuple):
     output_norm: Norm
     num_heads: int
     softmax_scale: float
-    activation: str
+    activation: str | None
 
 
 class Batch(NamedTuple):

@@ -28,7 +28,7 @@ from train_tiny_fairseq import command
 import eet_patch
 
 ENCODER, DECODER = "fairseq_encoder_layer", "fairseq_decoder_layer"
-SEARCH = "fairseq_search"
+WHOLE_ENCODER, SEARCH = "fairseq_encoder", "fairseq_search"
 MAX_SCORE_DIFFERENCE = 1e-4
 PAD, EOS, VOCAB = 1, 2, 60
 
@@ -123,7 +123,7 @@ def generate_both(trained, name, *arguments, subset="test1", level="loop", **ena
     every search was replaced, at `level` "layer" every call of a layer, and with None nothing.
     """
     if level == "layer":
-        enabled = {"exclude": SEARCH, **enabled}
+        enabled = {"exclude": (WHOLE_ENCODER, SEARCH), **enabled}
     config = configured(
         "fairseq-generate",
         trained / "corpus" / "data",
@@ -139,8 +139,8 @@ def generate_both(trained, name, *arguments, subset="test1", level="loop", **ena
     with eet_patch.enabled(**{"strict": True, **enabled}):
         out = parse(in_this_process("fairseq-generate", config)[0])
         if level is not None:
-            assert_replaced(ENCODER)
-            assert_replaced(SEARCH if level == "loop" else DECODER)
+            for name in (WHOLE_ENCODER, SEARCH) if level == "loop" else (ENCODER, DECODER):
+                assert_replaced(name)
     return own, out
 
 

@@ -16,6 +16,7 @@ from fairseq_helpers import (
     DECODER,
     ENCODER,
     SEARCH,
+    WHOLE_ENCODER,
     assert_same,
     parse,
     run_both,
@@ -62,7 +63,7 @@ def test_generate(trained, tmp_path):
         "--path", trained / "pre_norm" / "model.pt", "--beam", "4", "--nbest", "2",
     )  # fmt: skip
     assert_same(parse(out.stdout), parse(own.stdout))
-    assert_replaced(rows, ENCODER, SEARCH)
+    assert_replaced(rows, WHOLE_ENCODER, SEARCH)
     assert "PatchWarning" not in out.stderr
 
 
@@ -75,7 +76,7 @@ def test_interactive(trained, tmp_path):
     )  # fmt: skip
     assert len(parse(own.stdout).hypotheses) == 9
     assert_same(parse(out.stdout), parse(own.stdout))
-    assert_replaced(rows, ENCODER, SEARCH)
+    assert_replaced(rows, WHOLE_ENCODER, SEARCH)
 
 
 def test_eval_lm(trained, tmp_path):
@@ -86,7 +87,7 @@ def test_eval_lm(trained, tmp_path):
     )  # fmt: skip
     assert losses(out) == pytest.approx(losses(own), abs=1e-3)  # printed with three digits
     assert_replaced(rows, DECODER)
-    assert rows[ENCODER]["replaced"] == 0
+    assert rows[WHOLE_ENCODER]["replaced"] == 0
 
 
 def test_validate(trained, tmp_path):
@@ -148,4 +149,4 @@ def test_the_readmes_own_line(trained, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = json.loads((tmp_path / "report.json").read_text())["targets"]
-    assert_replaced({row["name"]: row for row in rows}, ENCODER, SEARCH)
+    assert_replaced({row["name"]: row for row in rows}, WHOLE_ENCODER, SEARCH)

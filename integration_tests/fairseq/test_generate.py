@@ -3,7 +3,7 @@ under every option that changes how they are searched.
 """
 
 import pytest
-from fairseq_helpers import DECODER, ENCODER, SEARCH, assert_same, generate_both
+from fairseq_helpers import DECODER, ENCODER, SEARCH, WHOLE_ENCODER, assert_same, generate_both
 from helpers import assert_fell_back
 
 import eet_patch
@@ -78,7 +78,7 @@ def test_retained_dropout_runs_the_original(trained):
     arguments = ["--beam", "2", "--retain-dropout", "--seed", "3"]
     arguments += ["--model-overrides", "{'dropout': 0.2}"]
     own, out = generate_both(trained, "pre_norm", *arguments, strict=False, level=None)
-    for name in (ENCODER, DECODER, SEARCH):
+    for name in (WHOLE_ENCODER, ENCODER, DECODER, SEARCH):
         assert_fell_back(
             name,
             "dropout is active (training mode, or --retain-dropout); call model.eval() for "

@@ -166,7 +166,7 @@ def test_the_hub_interface(trained):
     text = open({str(trained / "corpus" / "test.words")!r}).read().splitlines()[:6]
     out = hub.translate(text, beam=4), hub.sample(text, beam=1)
     report = eet_patch.report()
-    for name in ("fairseq_encoder_layer", "fairseq_search"):
+    for name in ("fairseq_encoder", "fairseq_search"):
         assert report[name].replaced > 0 and not report[name].fallbacks, report[name]
     eet_patch.disable()
     assert out == (hub.translate(text, beam=4), hub.sample(text, beam=1))
