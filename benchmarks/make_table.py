@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import bert_encode
 import gpt2_context
 from harness import BASELINE, PATCHED, RESULTS, ROOT, Row, read_rows, slug
 
@@ -31,6 +32,7 @@ TITLES = {
 }
 UNITS = {
     "bert_encode": "ms a batch",
+    "bert_published": "ms a batch",
     "gpt2_generate": "ms a token",
     "gpt2_context": "ms a token",
     "gpt2_prefill": "ms a call",
@@ -39,8 +41,14 @@ UNITS = {
     "fairseq_beam": "ms a step",
     "fairseq_generate": "ms a sentence",
 }
-# Columns of one benchmark alone: what others published for the work of a row.
-QUOTED = {"gpt2_context": ("EET's own ratio, A100, PyTorch of 2021", gpt2_context.published)}
+# What makes the rows of a benchmark, where that is not the script of its name.
+COMMANDS = {"bert_published": "bert_encode.py --published"}
+# Columns of some benchmarks alone: what others published for the work of a row.
+EET_RATIO = "EET's own ratio, A100, PyTorch of 2021"
+QUOTED = {
+    "bert_published": (EET_RATIO, bert_encode.published),
+    "gpt2_context": (EET_RATIO, gpt2_context.published),
+}
 MARKER = re.compile(
     r"(<!-- benchmark:(?P<name>[\w:]+) -->\n).*?(<!-- /benchmark:(?P=name) -->)", re.S
 )
@@ -126,7 +134,8 @@ def table(rows: list[Row], folder: Path) -> str:
     picture = ROOT / "docs" / f"benchmark_{case}_{slug(rows[0]['device'])}.png"
     link = f"\n![{case} on {rows[0]['device']}]({os.path.relpath(picture, folder)})\n"
     drawn = link if picture.exists() else ""
-    return f"{', '.join(facts)}; medians. `python benchmarks/{case}.py`\n\n{body}\n{drawn}"
+    command = f"python benchmarks/{COMMANDS.get(case, f'{case}.py')}"
+    return f"{', '.join(facts)}; medians. `{command}`\n\n{body}\n{drawn}"
 
 
 def fill_in(text: str, folder: Path = ROOT) -> str:
