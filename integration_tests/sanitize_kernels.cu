@@ -691,6 +691,9 @@ void run_all_generation(DType dtype, bool small) {
     for (int64_t shared_rows : {1, 5, 11}) {  // many heads, of which each warp has one
       run_step_attention(dtype, 80 * shared_rows, shared_rows, shared_rows == 1 ? 25 : 6, 64,
                          appends);
+      // So many that a warp has one of all rows of a sentence.
+      if (shared_rows > 1)
+        run_step_attention(dtype, 80 * shared_rows, shared_rows, 12, 64, appends);
       if (!small) run_step_attention(dtype, 60 * shared_rows, shared_rows, 30, 24, appends);
     }
   for (int rows : {1, 5, 70})

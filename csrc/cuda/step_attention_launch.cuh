@@ -27,11 +27,15 @@ int attention_splits(const DecodeLayersArgs& args) {
 }
 
 // A block a head keeps four warps busy with a handful of keys each, and about six such blocks fit a
-// multiprocessor: with twice as many heads a warp a head is enough. Of 640 rows of 16 heads over 30
-// keys each took 24 us so on an H100.
-bool takes_warp_a_head(const DecodeLayersArgs& args) {
-  constexpr int64_t kHeads = 12;  // of a multiprocessor
-  return args.rows * args.num_heads > kHeads * device_attribute(cudaDevAttrMultiProcessorCount);
+// multiprocessor: with twice as many heads a warp a head is enough. Where keys are shared by rows,
+// a warp of tensor cores for all rows of a sentence reads them once, but takes longer over its own
+// few. On an H100, 16 heads over some 30 keys, in us: 160 rows a warp a head 7.6, by
+// sentences 10.3; 640 rows 24 and 17.
+constexpr int64_t kWarpHeads = 12, kBeamHeads = 32;  // of a multiprocessor
+
+bool has_heads(const DecodeLayersArgs& args, int64_t of_a_multiprocessor) {
+  return args.rows * args.num_heads >
+         of_a_multiprocessor * device_attribute(cudaDevAttrMultiProcessorCount);
 }
 
 template <typename T>
@@ -55,7 +59,7 @@ cudaError_t launch_step_attention(const StepAttentionParams<T>& p, const DecodeL
                                   cudaStream_t stream) {
   using Tile = StepAttentionTile<T, kLanes, kPieces>;
   constexpr int kBytes = Tile::kStages * Tile::kStageBytes;  // a warp's share is always the same
-  if (takes_warp_a_head(args)) {
+  if (has_heads(args, kWarpHeads)) {
     return launch_step_attention(step_attention_kernel<T, kLanes, kPieces, 1>, kBytes, kStepWarps,
                                  p, args, stream);
   }
@@ -92,7 +96,7 @@ cudaError_t launch_step_attention(const StepAttentionParams<T>& p, const DecodeL
   constexpr int kFewBlocksSplits = 4;
   if constexpr (sizeof(T) == 2) {
     if (p.shared_rows > 1 && p.vectors && p.head_dim <= 80 && kernel_capability() >= 8 &&
-        takes_warp_a_head(args)) {
+        has_heads(args, kBeamHeads)) {
       if (p.head_dim <= 32) return launch_step_attention_beams<T, 2>(p, args, stream);
       if (p.head_dim <= 64) return launch_step_attention_beams<T, 4>(p, args, stream);
       return launch_step_attention_beams<T, 5>(p, args, stream);

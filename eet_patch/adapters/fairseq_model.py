@@ -5,7 +5,7 @@ they can't be read in place.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -19,8 +19,8 @@ from eet_patch.adapters.fairseq_host import (
     qkv_of,
 )
 from eet_patch.adapters.host import linear_reason
-from eet_patch.gates import parameter_reason, submodule_reason
-from eet_patch.generation.sentence_decoder import SentenceDecoder
+from eet_patch.gates import note_sound, parameter_reason, submodule_reason, watch_of
+from eet_patch.generation.sentence_decoder import SentenceDecoder, addresses_of
 from eet_patch.ops.decode import CrossLayer, DecodeLayer
 from eet_patch.ops.launch import NO_NORM, Norm
 
@@ -42,6 +42,18 @@ _KNOWN_MODELS = {
     "fairseq.models.bart.model": ("BARTModel",),
     "fairseq.models.transformer_align": ("TransformerAlignModel",),
 }
+
+
+class Stack(NamedTuple):
+    """What the layers of a decoder have in common, and where their parameters lie."""
+
+    layers: tuple[DecodeLayer, ...]
+    cross_projections: tuple[tuple[Tensor, Tensor | None, Tensor, Tensor | None], ...]
+    addresses: tuple[object, ...]  # of both
+    num_heads: int
+    activation: str | None
+    norm_eps: float
+    post_norm: bool
 
 
 def _class(module: str, name: str) -> Any:
@@ -122,15 +134,29 @@ def decoder_of(decoder: Any, has_encoder: bool) -> SentenceDecoder | str:
     position_weight = _positions(decoder.embed_positions, like)
     if isinstance(position_weight, str):
         return position_weight
-    layers = list(decoder.layers)
     layer_class = _class("fairseq.modules.transformer_layer", "TransformerDecoderLayerBase")
-    for layer in layers:
-        if type(layer) is not layer_class:
-            return f"a layer is a {type(layer).__name__}"
     classes = classes_of(layer_class)
     norms = [n for n in (decoder.layernorm_embedding, decoder.layer_norm) if n is not None]
     reason = norms_reason(like, *norms) or dropouts_reason(classes, decoder.dropout_module)
-    return reason or _parameters(decoder, layers, like, position_weight, classes, has_encoder)
+    if reason is not None:
+        return reason
+    stack = _stack_of(decoder.layers, like, layer_class, classes)
+    if isinstance(stack, str):
+        return stack
+    if stack.layers[0].cross is not None and not has_encoder:
+        return "the decoder attends to an encoder, and the model has none"
+    return _parameters(decoder, stack, position_weight)
+
+
+def _stack_of(modules: Any, like: Tensor, layer_class: type, classes: Classes) -> Stack | str:
+    """Made once for as long as nothing of the layers has changed."""
+    watch = watch_of(modules, like)
+    if watch is not None and watch.holds(like):
+        return watch.notes
+    found = _looked_through(list(modules), like, layer_class, classes)
+    if not isinstance(found, str):
+        note_sound(modules, like, found)
+    return found
 
 
 def _positions(module: Any, like: Tensor) -> Tensor | str | None:
@@ -158,14 +184,12 @@ def _positions(module: Any, like: Tensor) -> Tensor | str | None:
     )
 
 
-def _parameters(
-    decoder: Any,
-    layers: list[Any],
-    like: Tensor,
-    position_weight: Tensor | None,
-    classes: Classes,
-    has_encoder: bool,
-) -> SentenceDecoder | str:
+def _looked_through(
+    layers: list[Any], like: Tensor, layer_class: type, classes: Classes
+) -> Stack | str:
+    for layer in layers:
+        if type(layer) is not layer_class:
+            return f"a layer is a {type(layer).__name__}"
     first = layers[0]
     activation = activation_of(first.activation_fn)
     if isinstance(activation, str):
@@ -173,8 +197,6 @@ def _parameters(
     if activation.function is not None:
         return "there is no kernel for the activation in a step"
     crosses = first.encoder_attn is not None
-    if crosses and not has_encoder:
-        return "the decoder attends to an encoder, and the model has none"
     eps = first.self_attn_layer_norm.eps
     made, projections = [], []
     for layer in layers:
@@ -205,13 +227,27 @@ def _parameters(
         if cross is not None:
             weights, biases = qkv_of(cross)
             projections.append((weights[1], biases[1], weights[2], biases[2]))
+    both = (tuple(made), tuple(projections))
+    return Stack(
+        *both,
+        addresses_of(both),
+        first.self_attn.num_heads,
+        activation.kernel,
+        eps,
+        not first.normalize_before,
+    )
+
+
+def _parameters(
+    decoder: Any, stack: Stack, position_weight: Tensor | None
+) -> SentenceDecoder | str:
     embed_norm, final_norm = decoder.layernorm_embedding, decoder.layer_norm
-    if final_norm is not None and final_norm.eps != eps:
+    if final_norm is not None and final_norm.eps != stack.norm_eps:
         return "the norms of the decoder differ in eps"
     head = decoder.output_projection
     return SentenceDecoder(
-        tuple(made),
-        tuple(projections),
+        stack.layers,
+        stack.cross_projections,
         decoder.embed_tokens.weight,
         float(decoder.embed_scale),
         position_weight,
@@ -226,10 +262,11 @@ def _parameters(
         _pair_of(decoder.project_out_dim),
         head.weight,
         head.bias,
-        first.self_attn.num_heads,
-        activation.kernel,
-        eps,
-        not first.normalize_before,
+        stack.num_heads,
+        stack.activation,
+        stack.norm_eps,
+        stack.post_norm,
+        stack.addresses,
     )
 
 

@@ -33,6 +33,7 @@ class SentenceDecoder(NamedTuple):
     activation: str | None
     norm_eps: float
     post_norm: bool
+    layer_addresses: tuple[object, ...]  # `addresses_of` the first two
 
     @property
     def hidden_size(self) -> int:
@@ -40,19 +41,24 @@ class SentenceDecoder(NamedTuple):
 
     def addresses(self) -> tuple[object, ...]:
         """What a captured step rests on: every address and number that it bakes in."""
-        found: list[object] = []
+        return (self.layer_addresses, addresses_of(tuple(self)[2:-1]))
 
-        def note(value: object) -> None:
-            if isinstance(value, Tensor):
-                found.append((value.data_ptr(), value.shape, value.dtype, value.device))
-            elif isinstance(value, tuple):
-                for part in value:
-                    note(part)
-            else:
-                found.append(value)
 
-        note(tuple(self))
-        return tuple(found)
+def addresses_of(parts: tuple[object, ...]) -> tuple[object, ...]:
+    """Of all tensors in there, and all other values as they are."""
+    found: list[object] = []
+
+    def note(value: object) -> None:
+        if isinstance(value, Tensor):
+            found.append((value.data_ptr(), value.shape, value.dtype, value.device))
+        elif isinstance(value, tuple):
+            for part in value:
+                note(part)
+        else:
+            found.append(value)
+
+    note(parts)
+    return tuple(found)
 
 
 class Sentences(NamedTuple):

@@ -202,7 +202,12 @@ class SentenceStep:
         ):
             target[:rows] = source.repeat_interleave(beams)
         length, size = seen.states.shape[1:]
-        flat = seen.states.reshape(batch * length, size)
+        states = seen.states
+        on_cuda = self.device.type == "cuda"
+        if on_cuda and length < self.cross_len:
+            # Products of whole buffers need no launch to put them there; nobody sees the rest.
+            states = F.pad(states, (0, 0, 0, self.cross_len - length))
+        flat = states.reshape(-1, size)
         for keys, values, (key_weight, key_bias, value_weight, value_bias) in zip(
             self.cross_keys, self.cross_values, model.cross_projections, strict=True
         ):
@@ -210,6 +215,9 @@ class SentenceStep:
                 (keys, key_weight, key_bias),
                 (values, value_weight, value_bias),
             ):
+                if on_cuda:
+                    product_into(target[:batch].view(len(flat), -1), flat, weight, bias)
+                    continue
                 (made,) = blocks.project_qkv(flat, (weight,), (bias,), False, NO_NORM, parts=1)
                 target[:batch, :length] = made.view(batch, length, -1)
 

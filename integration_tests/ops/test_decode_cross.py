@@ -342,7 +342,13 @@ def test_step_attention(device, dtype, rows, appends):
 @pytest.mark.sanitize
 @pytest.mark.parametrize(
     ("sentences", "beams", "heads", "head_dim", "capacity"),
-    [(2, 3, 2, 16, 20), (68, 5, 6, 64, 70), (130, 5, 3, 24, 100), (90, 13, 2, 80, 40)],
+    [
+        (2, 3, 2, 16, 20),
+        (68, 5, 6, 64, 70),
+        (68, 5, 13, 64, 70),
+        (130, 5, 7, 24, 100),
+        (90, 13, 4, 80, 40),
+    ],
 )
 @pytest.mark.parametrize("appends", [True, False])
 def test_step_attention_of_beams(
