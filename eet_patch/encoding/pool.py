@@ -17,6 +17,7 @@ from torch import Tensor
 
 from eet_patch import patching, reporting
 from eet_patch.generation.step import plain_tensors
+from eet_patch.generation.torch_graph import TorchGraph as Graph
 from eet_patch.ops._extension import extension
 from eet_patch.ops.packing import Places, Starts
 
@@ -41,8 +42,6 @@ LEAST_BATCH = 256
 ROWS_ALIVE = 8
 
 _lock = threading.Lock()
-_capturing = threading.Lock()
-_capture_streams: dict[tuple[int, int], torch.cuda.Stream] = {}
 _steps: weakref.WeakKeyDictionary[Any, list[Step]] = weakref.WeakKeyDictionary()
 
 
@@ -63,36 +62,6 @@ class Answer:
         index = like.device.index
         stream = torch._C._cuda_getCurrentRawStream(index)
         return extension().await_summary(self.summary.data_ptr(), self.ticket, index, stream)
-
-
-class Graph:
-    """A CUDA graph of torch's launches and ours, for replay on one stream. What they allocate comes
-    from a pool of its own, which all graphs of a step share: they run one after the other.
-    """
-
-    def __init__(self, device: torch.device, stream: int, pool: Any) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        self._device, self._key = device, (device.index, stream)
-        self._pool = pool
-
-    def capture(self, launch: Callable[[], None]) -> None:
-        with _capturing:
-            # cuBLAS has a workspace of 32 MiB for each stream that it was called on, also where
-            # that stream was only captured: graphs that can't run at the same time share one.
-            stream = _capture_streams.get(self._key)
-            if stream is None:
-                stream = _capture_streams[self._key] = torch.cuda.Stream(self._device)
-            stream.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(stream):
-                # Other threads may go on to allocate and to synchronise.
-                self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    launch()
-                finally:
-                    self._graph.capture_end()
-
-    def replay(self) -> None:
-        self._graph.replay()
 
 
 def settings() -> tuple[object, ...]:

@@ -42,7 +42,7 @@ def context_logits(
         hidden_states = _layers(model, keys, values, input_ids, position_ids, None)
         last = hidden_states[:, -1].contiguous()
     elif sum(starts) < (1.0 - MAX_PACKED_FILL) * batch_size * length:
-        kv_start = torch.tensor(starts, dtype=torch.int32, device=input_ids.device)
+        kv_start = torch.tensor(starts, dtype=torch.int64, device=input_ids.device)
         hidden_states = _layers(model, keys, values, input_ids, position_ids, kv_start)
         last = hidden_states[:, -1].contiguous()
     else:

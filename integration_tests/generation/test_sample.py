@@ -3,6 +3,7 @@ bit for bit of the generator against the unpatched model.
 """
 
 import copy
+import functools
 import gc
 import pickle
 import threading
@@ -17,6 +18,7 @@ from helpers import (
     assert_same_tokens,
     batch_of,
     patched,
+    tiny_decoder,
     tiny_gpt2,
     token_ids,
 )
@@ -25,7 +27,7 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import eet_patch
-from eet_patch.generation import loop, pool
+from eet_patch.generation import by_products, loop, pool, step
 
 NAME = "gpt2_sample"
 PROMPT = 9
@@ -125,6 +127,48 @@ def test_lengths(device, length, new):
 def test_head_dims(device, head_dim):
     model = tiny_gpt2(device, n_embd=2 * head_dim, n_head=2)
     assert_equal_tokens(model, inputs_of("left", device), max_new_tokens=12)
+
+
+@pytest.mark.parametrize("lengths", [(38, 39, 37, 40), (40, 39, 40, 40), (37, 40)])
+def test_little_padding(device, dtype, lengths):
+    """Too little to gather the real tokens for: the context runs over it, and must not see it."""
+    model = tiny_gpt2(device, dtype)
+    inputs = batch_of("left", device, lengths, vocab_size=500)
+    own, out = both(model, inputs)
+    assert_same_tokens(model, 40, own, out, attention_mask=inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"do_sample": True, "top_k": 7}, {"num_beams": 3}], ids=str
+)
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neo_within_window"])
+def test_layers_by_products(device, dtype, settings, model_type, monkeypatch):
+    """As wide models have them: every step, and as rows end."""
+    model = (
+        tiny_gpt2(device, dtype)
+        if model_type == "gpt2"
+        else tiny_decoder(model_type, device, dtype)
+    )
+    inputs = inputs_of("left", device)
+    own = generated(model, inputs, **settings)
+    eos = int(own[1, PROMPT + 4])
+    launched = []
+    launch = by_products.launch_layers
+    monkeypatch.setattr(step, "MIN_SIZE_BY_PRODUCTS", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(by_products, "launch_layers", lambda *a: launched.append(0) or launch(*a))
+    for more in ({}, {"eos_token_id": eos}):
+        own = generated(model, inputs, **settings, **more)
+        with eet_patch.enabled():
+            for _ in range(2):
+                out = generated(model, inputs, **settings, **more)
+        assert launched
+        if "num_beams" not in settings and "do_sample" not in settings and not more:
+            assert_same_tokens(model, PROMPT, own, out, attention_mask=inputs["attention_mask"])
+        else:  # rounding may part them, and then all that follows
+            width = min(own.shape[1], out.shape[1])
+            same = (own[:, :width] == out[:, :width]).float().mean()
+            assert same > 0.5 and out.shape[0] == own.shape[0]
 
 
 def test_many_prompts(device, dtype):

@@ -1,0 +1,42 @@
+"""CUDA graphs of launches of torch's among ours, with torch's allocations inside."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_capturing = threading.Lock()
+_capture_streams: dict[tuple[int, int], torch.cuda.Stream] = {}
+
+
+class TorchGraph:
+    """A CUDA graph of torch's launches and ours, for replay on one stream. What they allocate comes
+    from `pool`, which graphs that run one after the other may share, or from one of its own.
+    """
+
+    def __init__(self, device: torch.device, stream: int, pool: Any) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        self._device, self._key = device, (device.index, stream)
+        self._pool = pool
+
+    def capture(self, launch: Callable[[], None]) -> None:
+        with _capturing:
+            # cuBLAS has a workspace of 32 MiB for each stream that it was called on, also where
+            # that stream was only captured: graphs that can't run at the same time share one.
+            stream = _capture_streams.get(self._key)
+            if stream is None:
+                stream = _capture_streams[self._key] = torch.cuda.Stream(self._device)
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                # Other threads may go on to allocate and to synchronise.
+                self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    launch()
+                finally:
+                    self._graph.capture_end()
+
+    def replay(self) -> None:
+        self._graph.replay()
