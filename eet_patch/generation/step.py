@@ -22,8 +22,8 @@ from eet_patch.ops._extension import extension, place
 from eet_patch.ops.launch import Norm, address
 
 MAX_GRAPHS = 40  # of one step: batch sizes as it shrinks, and selections
-# From this hidden size on the layers of half precision go through torch's products, by device. Of
-# ms a token on an H100, by `decode_layers` and by products: hidden 4096, 40 layers, batch 4 7.32 and
+# From this hidden size on the layers of half precision go through torch's products, by device. ms a
+# token on an H100, by `decode_layers` and by products: hidden 4096, 40 layers, batch 4 7.32 and
 # 7.59, batch 16 10.26 and 10.09; hidden 5120, 36 layers, batch 4 10.86 and 9.92.
 MIN_SIZE_BY_PRODUCTS = {"cuda": 5120}
 GRAPH_STEPS = 4  # of one graph, where nothing of the host's stands between two steps

@@ -3,7 +3,6 @@ bit for bit of the generator against the unpatched model.
 """
 
 import copy
-import functools
 import gc
 import pickle
 import threading
