@@ -78,7 +78,7 @@ PY
   wanted end_to_end && tests end_to_end patching transformers generation models "${alone[@]/#/--ignore=}"
   # Its commands are tested on the CPU, on models that take minutes to train.
   if wanted end_to_end && python3 -c "import importlib.metadata as m; m.version('ve-fairseq')" 2> /dev/null; then
-    tests fairseq fairseq/test_layers.py fairseq/test_search.py
+    tests fairseq fairseq/test_layers.py fairseq/test_search.py fairseq/test_whole_encoder.py
   fi
   parallel=()
   wanted at_size && for file in "${alone[@]}"; do
