@@ -88,13 +88,13 @@ def clock(call, device: str) -> float:
     return time.perf_counter() - started
 
 
-def neighbours(embeddings: Tensor) -> Tensor:
-    """Of the first QUERIES sentences, most similar first, themselves left out."""
+def similarities(embeddings: Tensor) -> Tensor:
+    """Cosines of the first QUERIES sentences with all; with themselves they count as -2."""
     unit = torch.nn.functional.normalize(embeddings.float(), dim=1)
     queries = min(QUERIES, len(unit))
     similar = unit[:queries] @ unit.T
     similar[torch.arange(queries), torch.arange(queries)] = -2.0
-    return similar.topk(min(NEIGHBOURS, len(unit) - 1)).indices
+    return similar
 
 
 def main() -> int:
@@ -140,11 +140,16 @@ def main() -> int:
             f"{len(texts)} sentences {what}: transformers {len(texts) / own:.0f}/s, "
             f"eet_patch {len(texts) / ours:.0f}/s, {own / ours:.2f}x"
         )
-    own, ours = (neighbours(results[n]) for n in ("transformers", "eet_patch"))
-    same = (own == ours).float().mean().item()
-    first = (own[:, 0] == ours[:, 0]).float().mean().item()
-    print(f"neighbours in the same place: {same:.2%} of {own.numel()}; the nearest: {first:.2%}")
-    return 0 if first >= 0.99 else 1
+    own, ours = (similarities(results[n]) for n in ("transformers", "eet_patch"))
+    own_ranking, ranking = (s.topk(min(NEIGHBOURS, len(texts) - 1)).indices for s in (own, ours))
+    same = (own_ranking == ranking).float().mean().item()
+    # So much may part two neighbours that change places, at most twice.
+    rounding = (own - ours).abs().max().item()
+    print(
+        f"neighbours in the same place: {same:.2%} of {ranking.numel()}; similarities differ by "
+        f"{rounding:.1e} at most"
+    )
+    return 0 if rounding <= (1e-4 if args.device == "cpu" else 2e-3) else 1
 
 
 if __name__ == "__main__":
