@@ -200,6 +200,8 @@ def call_reason(model: Any, arguments: dict[str, Any], config: Any) -> str | Non
     if arguments.get("synced_gpus") or getattr(config, "is_assistant", False):
         return "synced_gpus is set, or the model is an assistant"
     mask, input_ids = arguments.get("attention_mask"), arguments["input_ids"]
+    if input_ids.dtype != torch.int64:
+        return f"input_ids is {input_ids.dtype}"
     batch_size, like = input_ids.shape[0], model._modules["lm_head"]._parameters["weight"]
     length = context_length(arguments, config)
     if length is None:

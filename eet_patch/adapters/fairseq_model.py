@@ -54,6 +54,17 @@ class Stack(NamedTuple):
     activation: str | None
     norm_eps: float
     post_norm: bool
+    classes: Classes  # and their methods that it rests on
+
+
+def layers_reason(layers: Any) -> str | None:
+    """Why the layers in a host's list are not those that run, or None."""
+    dropping = getattr(sys.modules.get("fairseq.modules"), "LayerDropModuleList", None)
+    if type(layers) is not nn.ModuleList and type(layers) is not dropping:
+        return f"the layers are in a {type(layers).__name__}"
+    if type(layers) is dropping and layers.training:
+        return "layers are dropped (training mode); call model.eval() for inference"
+    return None
 
 
 def _class(module: str, name: str) -> Any:
@@ -110,8 +121,7 @@ def decoder_of(decoder: Any, has_encoder: bool) -> SentenceDecoder | str:
     if embed.max_norm is not None:
         return "the embedding renormalises its rows"
     word_weight = embed.weight
-    first = next(iter(decoder.layers), None)
-    if first is None:
+    if not decoder.layers._modules:
         return "the decoder has no layers"
     hidden_size = decoder.embed_dim
     like = word_weight.new_empty(1, 1, hidden_size)
@@ -150,10 +160,13 @@ def decoder_of(decoder: Any, has_encoder: bool) -> SentenceDecoder | str:
 
 def _stack_of(modules: Any, like: Tensor, layer_class: type, classes: Classes) -> Stack | str:
     """Made once for as long as nothing of the layers has changed."""
+    reason = layers_reason(modules)
+    if reason is not None:
+        return reason
     watch = watch_of(modules, like)
-    if watch is not None and watch.holds(like):
+    if watch is not None and watch.holds(like) and watch.notes.classes == classes:
         return watch.notes
-    found = _looked_through(list(modules), like, layer_class, classes)
+    found = _looked_through(list(modules._modules.values()), like, layer_class, classes)
     if not isinstance(found, str):
         note_sound(modules, like, found)
     return found
@@ -235,6 +248,7 @@ def _looked_through(
         activation.kernel,
         eps,
         not first.normalize_before,
+        classes,
     )
 
 
@@ -279,7 +293,8 @@ def _layer(modules: dict[str, Any], attn: Any, cross: Any) -> DecodeLayer:
         parameters = owner[name]._parameters
         return parameters["weight"], parameters["bias"]
 
-    nothing = attn.q_proj.weight[:0]  # for what a step fills in
+    # For what a step fills in; a slice would keep the weight's storage.
+    nothing = attn.q_proj.weight.new_empty(0)
     weights, biases = qkv_of(attn)
     crossing = None
     if cross is not None:

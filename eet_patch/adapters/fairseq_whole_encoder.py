@@ -10,8 +10,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from eet_patch import patching
 from eet_patch.adapters.encoder import Encoder, EncoderKind, Encoders, LayerKind
 from eet_patch.adapters.fairseq_encoder import modules_reason
 from eet_patch.adapters.fairseq_host import (
@@ -24,8 +25,10 @@ from eet_patch.adapters.fairseq_host import (
     padding_mask,
     qkv_of,
 )
+from eet_patch.adapters.fairseq_model import layers_reason
 from eet_patch.adapters.host import HostMask
-from eet_patch.encoding.packed import Batch, EncoderLayer
+from eet_patch.encoding.encode import CAPTURED
+from eet_patch.encoding.packed import PADDING_KEPT, Batch, EncoderLayer
 from eet_patch.ops.packing import launch_gather_rows
 from eet_patch.patching import Adapter, Withdrawn
 
@@ -88,15 +91,8 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
     """For `forward_scriptable`: (src_tokens, ...) to the dictionary that the host makes of it."""
     host = sys.modules[cls.__module__]
     encoders = Encoders(KIND, cls, host.transformer_layer)  # type: ignore[attr-defined]
-    dropping = host.LayerDropModuleList  # type: ignore[attr-defined]
-    classes = classes_of(encoders.layer.cls)
-
-    def layers_reason(layers: Any) -> str | None:
-        if type(layers) is not nn.ModuleList and type(layers) is not dropping:
-            return f"the layers are in a {type(layers).__name__}"
-        if type(layers) is dropping and layers.training:
-            return "layers are dropped (training mode); call model.eval() for inference"
-        return None
+    layer_class = encoders.layer.cls
+    classes = classes_of(layer_class)
 
     def plan(encoder: Any, arguments: dict[str, Any]) -> Plan | str:
         if arguments.get("return_all_hiddens"):
@@ -108,6 +104,8 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         reason = layers_reason(layers)
         if reason is not None:
             return reason
+        if classes_of(layer_class) != classes:
+            return "a method of the layers was replaced"
         like = operand(encoder, arguments)
         if tokens.device != like.device:
             return f"the source is on {tokens.device} and the model on {like.device}"
@@ -120,6 +118,11 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         if isinstance(found, str):
             return found
         padding = tokens.eq(encoder.padding_idx)
+        # Before the embedding, which the original would run again.
+        if patching.keeps_padding() and bool(padding.any()):
+            return PADDING_KEPT
+        if padding.is_cuda and torch.cuda.is_current_stream_capturing():
+            return CAPTURED
         mask = padding_mask(padding, like, (tokens.shape[0], tokens.shape[1]))
         return mask if isinstance(mask, str) else Plan(found, padding, mask)
 
@@ -127,8 +130,8 @@ def adapter(cls: type, original: Callable[..., Any]) -> Adapter:
         tokens = arguments["src_tokens"]
         x, embedding = encoder.forward_embedding(tokens, arguments.get("token_embeddings"))
         like = operand(encoder, arguments)
-        if x.dtype != like.dtype or x.shape[-1] != like.shape[-1]:
-            raise Withdrawn(f"the embeddings are {x.dtype}, of size {x.shape[-1]}")
+        if x.dtype != like.dtype or x.shape != (*tokens.shape, like.shape[0]):
+            raise Withdrawn(f"the embeddings are {x.dtype}, of shape {tuple(x.shape)}")
         x = x.contiguous()
         batch_size, seq_len, size = x.shape
         padded = x.view(-1, size)

@@ -102,7 +102,11 @@ def run_layers(
     """
     for i, layer in enumerate(layers[:-1]):
         hidden_states = run_layer(hidden_states, layer, starts, shape, chained=i > 0)
-    return run_layer(hidden_states, layers[-1], starts, shape, out, chained=len(layers) > 1)
+    made = run_layer(hidden_states, layers[-1], starts, shape, out, chained=len(layers) > 1)
+    # A pre-norm layer ends in a product with the residual, which has a result of its own.
+    if out is not None and made.data_ptr() != out.data_ptr():
+        return out.copy_(made)
+    return made
 
 
 def run_layer(

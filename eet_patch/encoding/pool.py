@@ -18,6 +18,7 @@ from torch import Tensor
 from eet_patch import patching, reporting
 from eet_patch.generation.step import plain_tensors
 from eet_patch.generation.torch_graph import TorchGraph as Graph
+from eet_patch.generation.torch_graph import settings as settings
 from eet_patch.ops._extension import extension
 from eet_patch.ops.packing import Places, Starts
 
@@ -62,22 +63,6 @@ class Answer:
         index = like.device.index
         stream = torch._C._cuda_getCurrentRawStream(index)
         return extension().await_summary(self.summary.data_ptr(), self.ticket, index, stream)
-
-
-def settings() -> tuple[object, ...]:
-    """Of torch, which a graph of its products and attentions bakes in."""
-    cuda = torch.backends.cuda
-    try:
-        float32 = cuda.matmul.allow_tf32
-    except RuntimeError:  # set by the interface that torch has beside it from 2.9 on
-        float32 = cuda.matmul.fp32_precision  # type: ignore[attr-defined]
-    return (
-        float32,
-        cuda.matmul.allow_fp16_reduced_precision_reduction,
-        cuda.matmul.allow_bf16_reduced_precision_reduction,
-        cuda.flash_sdp_enabled(),
-        cuda.cudnn_sdp_enabled(),
-    )
 
 
 def head_layers(num_layers: int) -> int:

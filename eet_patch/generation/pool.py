@@ -155,7 +155,10 @@ def give_back(owner: Any, model: DecoderModel, step: DecodeStep) -> None:
 def release() -> None:
     """Frees all idle steps."""
     with _lock:
+        captured = any(step.by_products for steps in _idle.values() for step in steps)
         _idle.clear()
+    if captured and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # what was a graph's goes nowhere else by itself
 
 
 def held_bytes() -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eet_patch.generation import by_products
-from eet_patch.generation.torch_graph import TorchGraph
+from eet_patch.generation.torch_graph import TorchGraph, settings
 from eet_patch.ops import decode, selection
 from eet_patch.ops._extension import extension, place
 from eet_patch.ops.launch import Norm, address
@@ -132,8 +132,10 @@ class DecodeStep:
         self.device, self.dtype = device, like.dtype
         self._graphs: dict[tuple[object, ...], decode.Graph | TorchGraph] = {}
         self._graphs_work = device.type == "cuda"
+        self._pool: Any = None  # of the graphs that torch captured
+        self._pool_bytes = 0
         least = MIN_SIZE_BY_PRODUCTS.get(device.type)
-        self._by_products = least is not None and hidden_size >= least and like.itemsize == 2
+        self.by_products = least is not None and hidden_size >= least and like.itemsize == 2
 
         def integers(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -203,7 +205,8 @@ class DecodeStep:
         """Of all that the step holds on the device."""
         held = (value for value in list(vars(self).values()) if isinstance(value, Tensor))
         lists = (*self.keys, *self.values, *self._held[1], self._table.device)
-        return sum(tensor.nbytes for tensor in (*held, *lists))
+        pool_bytes = self._pool_bytes if self._graphs else 0
+        return sum(tensor.nbytes for tensor in (*held, *lists)) + pool_bytes
 
     def hold(self, key: object, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The tensors that `make` returned when this key came first, for what is appended to the
@@ -326,7 +329,9 @@ class DecodeStep:
             return
         min_len = 0 if choice is None else self.min_len
         added = None if appended is None else appended.key
-        key = (rows, choice, min_len, shared, added, steps)
+        key: tuple[object, ...] = (rows, choice, min_len, shared, added, steps)
+        if self.by_products:
+            key += settings()
         graph = self._graphs.get(key)
         if graph is not None:
             try:
@@ -339,9 +344,8 @@ class DecodeStep:
         if len(self._graphs) >= MAX_GRAPHS:
             self._graphs.clear()
         try:
-            if self._by_products:  # torch's allocations are in it
-                graph = TorchGraph(self.device, place(self.hidden_states)[2], None)
-                graph.capture(run)
+            if self.by_products:  # torch's allocations are in it
+                graph = self._torch_graph(run)
             else:
                 graph = decode.Graph(self.device)
                 with graph:
@@ -350,6 +354,15 @@ class DecodeStep:
             self._give_up_graphs("capture", error)
         else:
             self._graphs[key] = graph
+
+    def _torch_graph(self, run: Callable[[], None]) -> TorchGraph:
+        if not self._graphs:  # torch doesn't take a pool again whose graphs are all gone
+            self._pool, self._pool_bytes = torch.cuda.graph_pool_handle(), 0
+        before = torch.cuda.memory_reserved(self.device)
+        graph = TorchGraph(self.device, place(self.hidden_states)[2], self._pool)
+        graph.capture(run)
+        self._pool_bytes += max(0, torch.cuda.memory_reserved(self.device) - before)
+        return graph
 
     def _give_up_graphs(self, what: str, error: RuntimeError) -> None:
         self._graphs_work = False
@@ -409,7 +422,7 @@ class DecodeStep:
             *where,
         )
         key_rows = self.key_rows if shared else None
-        if self._by_products:
+        if self.by_products:
             by_products.launch_layers(
                 hidden_states,
                 self._layers(model),
@@ -452,7 +465,7 @@ class DecodeStep:
             temperature=choice.temperature,
             top_p=choice.top_p,
             min_p=choice.min_p,
-            chained=appended is None and not self._by_products,
+            chained=appended is None and not self.by_products,
         )
 
     def _launch_chain(

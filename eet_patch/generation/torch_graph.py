@@ -40,3 +40,19 @@ class TorchGraph:
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+def settings() -> tuple[object, ...]:
+    """Of torch, which a graph of its products and attentions bakes in."""
+    cuda = torch.backends.cuda
+    try:
+        float32 = cuda.matmul.allow_tf32
+    except RuntimeError:  # set by the interface that torch has beside it from 2.9 on
+        float32 = cuda.matmul.fp32_precision  # type: ignore[attr-defined]
+    return (
+        float32,
+        cuda.matmul.allow_fp16_reduced_precision_reduction,
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
+        cuda.flash_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )

@@ -8,11 +8,13 @@ import pytest
 import torch
 from fairseq import search
 from fairseq.models.transformer_lm import TransformerLanguageModel, base_lm_architecture
+from fairseq.modules import LayerDropModuleList
 from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
 from fairseq_helpers import DECODER, SEARCH, Task, batch, tiny_args, tiny_model
 from helpers import assert_fell_back, patched, randomised
 
 import eet_patch
+from eet_patch.adapters.fairseq_model import decoder_of
 from eet_patch.generation import sentence_pool, sentence_search, sentence_step
 from eet_patch.ops import blocks
 
@@ -604,3 +606,21 @@ def test_torchscript(when):
     out = torch.jit.script(generator_of(model))(sample, None, None)
     assert eet_patch.report()[SEARCH].replaced == 0
     assert_same(out, own)
+
+
+def test_a_decoder_whose_layers_are_dropped(device):
+    decoder = model_of(device).decoder
+    layers = LayerDropModuleList(0.5)
+    layers.extend(decoder.layers)
+    decoder.layers = layers.eval()
+    assert len(decoder_of(decoder, True).layers) == 2
+    layers.training = True
+    reason = "layers are dropped (training mode); call model.eval() for inference"
+    assert decoder_of(decoder, True) == reason
+
+
+def test_what_is_noted_of_a_decoder_holds_no_weights(device):
+    """But for the parameters themselves: a slice of one would keep what it held before."""
+    layer = decoder_of(model_of(device).decoder, True).layers[0]
+    for cache in (layer.key_cache, layer.value_cache, layer.cross.keys, layer.cross.values):
+        assert cache.untyped_storage().nbytes() == 0

@@ -9,8 +9,10 @@ from helpers import assert_as_accurate, assert_fell_back, assert_replaced, in_do
 from torch import nn
 
 import eet_patch
-from eet_patch.adapters import fairseq_host
+from eet_patch.adapters import fairseq_host, fairseq_whole_encoder
+from eet_patch.encoding import packed
 from eet_patch.encoding.packed import PADDING_KEPT
+from eet_patch.ops import packing
 
 LENGTHS = [9, 1, 6, 9, 3]
 
@@ -71,6 +73,31 @@ def test_activations(device, activation):
 def test_learned_positions_and_normed_embeddings(device):
     host = encoder(device, encoder_learned_pos=True, layernorm_embedding=True)
     assert_same_encoding(host, batch(LENGTHS, "left", device))
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_rows_than_a_block_takes_in_one_call(device, dtype, pre_norm):
+    """A pre-norm layer ends in a product, and must still leave its result in the step's buffer."""
+    host = encoder(device, dtype, encoder_normalize_before=pre_norm, encoder_layers=6)
+    assert_same_encoding(host, batch([60, 59, 33, 60, 48], "left", device), calls=5)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_onto_their_input(device, dtype, pre_norm):
+    host = encoder(device, dtype, encoder_normalize_before=pre_norm)
+    layers = [fairseq_whole_encoder._packed(layer) for layer in host.layers]
+    starts = torch.tensor([0, 100, 150], device=device)
+    starts = packing.Starts(starts, starts.int())
+    states = torch.randn(150, 32, generator=torch.manual_seed(0)).to(device, dtype)
+    shape = packed.Shape(150, 2, 128)
+    with torch.no_grad():
+        own = packed.run_layers(states.clone(), layers, starts, shape)
+        buffer = states.clone()
+        made = packed.run_layers(buffer, layers, starts, shape, buffer)
+    assert made.data_ptr() == buffer.data_ptr()
+    assert torch.equal(buffer, own) and not torch.equal(buffer, states)
 
 
 def test_a_sentence_of_padding_alone(device):
@@ -199,6 +226,32 @@ def test_a_subclass_runs_the_original(device):
     with eet_patch.enabled(only=WHOLE_ENCODER):
         out = encoded(host, tokens)["encoder_out"][0]
         assert_fell_back(WHOLE_ENCODER, "Encoder is a subclass of TransformerEncoderBase")
+    assert torch.equal(out, own)
+
+
+def test_a_method_of_the_layers_that_is_replaced(device, monkeypatch):
+    host, tokens = encoder(device), batch(LENGTHS, "left", device)
+    with eet_patch.enabled(only=WHOLE_ENCODER):
+        encoded(host, tokens)
+        monkeypatch.setattr(
+            type(host.layers[0]), "residual_connection", lambda layer, x, residual: residual + x / 2
+        )
+        eet_patch.reset_report()
+        out = encoded(host, tokens)["encoder_out"][0]
+        assert_fell_back(WHOLE_ENCODER, "a method of the layers was replaced")
+    assert torch.equal(out, encoded(host, tokens)["encoder_out"][0])
+
+
+def test_embeddings_of_another_length(device):
+    host, tokens = (
+        encoder(device, no_token_positional_embeddings=True),
+        batch([1, 1], "left", device),
+    )
+    embeddings = torch.randn(2, 7, 32, device=device)
+    own = encoded(host, tokens, token_embeddings=embeddings)["encoder_out"][0]
+    with eet_patch.enabled(only=WHOLE_ENCODER):
+        out = encoded(host, tokens, token_embeddings=embeddings)["encoder_out"][0]
+        assert_fell_back(WHOLE_ENCODER, "the embeddings are torch.float32, of shape (2, 7, 32)")
     assert torch.equal(out, own)
 
 

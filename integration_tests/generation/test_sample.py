@@ -137,6 +137,16 @@ def test_little_padding(device, dtype, lengths):
     assert_same_tokens(model, 40, own, out, attention_mask=inputs["attention_mask"])
 
 
+def test_ids_of_another_dtype(device):
+    model, inputs = tiny_gpt2(device), inputs_of("left", device)
+    inputs["input_ids"] = inputs["input_ids"].int()
+    own = generated(model, inputs)
+    with eet_patch.enabled():
+        out = generated(model, inputs)
+    assert torch.equal(out, own) and out.dtype == own.dtype
+    assert_fell_back(NAME, "input_ids is torch.int32")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "settings", [{}, {"do_sample": True, "top_k": 7}, {"num_beams": 3}], ids=str
