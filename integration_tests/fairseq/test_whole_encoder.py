@@ -107,6 +107,7 @@ def test_a_sentence_of_padding_alone(device):
     own = encoded(host, tokens)
     with eet_patch.enabled():
         states = encoded(host, tokens)["encoder_out"][0]
+        assert_replaced(WHOLE_ENCODER, 1)
     keep = tokens.ne(PAD).t()
     torch.testing.assert_close(states[keep], own["encoder_out"][0][keep], rtol=1e-4, atol=1e-5)
     assert not states[:, 2].any()
@@ -125,6 +126,7 @@ def test_batches_of_many_shapes_one_after_the_other(device):
             own = encoded(host, tokens)["encoder_out"][0]
             eet_patch.enable()
             torch.testing.assert_close(states[keep], own[keep], rtol=1e-4, atol=1e-5)
+        assert_replaced(WHOLE_ENCODER, 24)
     eet_patch.disable()
 
 
@@ -272,7 +274,9 @@ def test_weights_that_change_between_calls(device):
                 encoded(host, tokens)
         change()
         own = encoded(host, tokens)["encoder_out"][0]
+        eet_patch.reset_report()
         with eet_patch.enabled():
             for _ in range(3):
                 states = encoded(host, tokens)["encoder_out"][0]
                 torch.testing.assert_close(states[keep], own[keep], rtol=1e-4, atol=1e-5)
+            assert_replaced(WHOLE_ENCODER, 3)

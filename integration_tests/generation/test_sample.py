@@ -168,6 +168,7 @@ def test_layers_by_products(device, dtype, settings, model_type, monkeypatch):
     monkeypatch.setattr(by_products, "launch_layers", lambda *a: launched.append(0) or launch(*a))
     for more in ({}, {"eos_token_id": eos}):
         own = generated(model, inputs, **settings, **more)
+        launched.clear()
         with eet_patch.enabled():
             for _ in range(2):
                 out = generated(model, inputs, **settings, **more)
