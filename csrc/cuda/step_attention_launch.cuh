@@ -30,7 +30,7 @@ int attention_splits(const DecodeLayersArgs& args) {
 // multiprocessor: with twice as many heads a warp a head is enough. Where keys are shared by rows,
 // a warp of tensor cores for all rows of a sentence reads them once, but takes longer over its own
 // few. On an H100, 16 heads over some 30 keys, in us: 160 rows a warp a head 7.6, by
-// sentences 10.3; 640 rows 24 and 18.
+// sentences 10.3; 640 rows 24 and 18 (benchmarks/results/decode_steps_nvidia_h100_80gb_hbm3.txt).
 constexpr int64_t kWarpHeads = 12, kBeamHeads = 32;  // of a multiprocessor
 
 bool has_heads(const DecodeLayersArgs& args, int64_t of_a_multiprocessor) {
