@@ -12,6 +12,7 @@ static_assert(kHypothesisThreads >= kMaxCandidates, "a thread for each continuat
 
 struct HypothesisShared {
   uint32_t keys[kMaxBeams * kMaxCandidates];  // of all continuations
+  int candidate_tokens[kMaxBeams * kMaxCandidates];
   int best[kMaxCandidates];                   // the kept ones in order
   float scores[kMaxCandidates];
   int tokens[kMaxCandidates], parents[kMaxCandidates];
@@ -42,21 +43,32 @@ __global__ void __launch_bounds__(kHypothesisThreads)
     hypothesis_step_kernel(const HypothesisStepArgs args) {
   __shared__ HypothesisShared shared;
   release_dependents();
-  wait_for_predecessor();
   const int thread = static_cast<int>(threadIdx.x);
   const int beams = static_cast<int>(args.num_beams), kept = static_cast<int>(args.kept);
   const int64_t first_row = blockIdx.x * args.num_beams, capacity = args.capacity;
-  const int64_t place = args.places[blockIdx.x];
 
-  // Read by all before anything is written, which is behind barriers.
-  if (args.is_done[place] != 0) return;
-  const int step = args.lengths[first_row], before = args.ended[place];
+  // What the step before left is read ahead of the continuations: the launches ahead, those of
+  // top_candidates, let this one start behind a wait of their own, when that step has ended. All
+  // read before anything is written, which is behind barriers.
+  const int64_t place = args.places[blockIdx.x];
+  const int step = args.lengths[first_row];
+  int slot = 0, was_ignored = 0;
+  int64_t position_id = 0;
+  if (thread < beams) {
+    slot = args.slots[first_row + thread];
+    was_ignored = args.ignored[first_row + thread];
+    position_id = args.position_ids[first_row + thread];
+  }
+  const int is_done = args.is_done[place], before = args.ended[place];
+  wait_for_predecessor();
+  if (is_done != 0) return;
   for (int i = thread; i < beams * kept; i += kHypothesisThreads) {
     const float score = args.scores[first_row * kept + i];
+    shared.candidate_tokens[i] = args.candidate_tokens[first_row * kept + i];
     shared.keys[i] = order_key(score == score ? score : -INFINITY);
   }
   if (thread < kept) shared.best[thread] = 0;
-  if (thread < beams) shared.slots[thread] = args.slots[first_row + thread];
+  if (thread < beams) shared.slots[thread] = slot;
   __syncthreads();
 
   // The best continuations of all rows. Those of one row are in order.
@@ -72,11 +84,11 @@ __global__ void __launch_bounds__(kHypothesisThreads)
   __syncthreads();
   if (thread < kept) {
     const int best = shared.best[thread];
-    const float score = args.scores[first_row * kept + best];
-    const int token = args.candidate_tokens[first_row * kept + best];
-    const bool ignored = thread < beams && args.ignored[first_row + thread] != 0;
+    const float score = score_of(shared.keys[best]);
+    const int token = shared.candidate_tokens[best];
+    const bool ignored = was_ignored != 0;
     const bool ends = token == args.eos && score > -INFINITY && !ignored;
-    shared.scores[thread] = score == score ? score : -INFINITY;
+    shared.scores[thread] = score;
     shared.tokens[thread] = token;
     shared.parents[thread] = best / kept;
     shared.ends[thread] = ends;
@@ -121,7 +133,7 @@ __global__ void __launch_bounds__(kHypothesisThreads)
     args.running_scores[row] = shared.scores[from];
     args.ignored[row] = shared.blocked[from];
     args.input_ids[row] = token;
-    args.position_ids[row] += 1;
+    args.position_ids[row] = position_id + 1;
     args.lengths[row] = step + 1;
     args.tokens[at] = token;
     args.history_scores[at] = shared.scores[from];

@@ -27,7 +27,7 @@ from eet_patch.ops.beam_state import MAX_BEAMS, MAX_CANDIDATES
 from eet_patch.ops.hypotheses import Hypotheses, launch_hypothesis_step, torch_hypothesis_step
 from eet_patch.ops.launch import torch_linear
 
-CHUNK = 2  # steps of a graph, and the least between two looks at what is done
+STEPS = (8, 2)  # of a graph: the most that may pass between two looks at what is done
 # Batches are filled up to a multiple, so that graphs serve others of like size.
 FEW_SENTENCES, MULTIPLE_OF_FEW, MULTIPLE_OF_MANY = 64, 4, 8
 SIZES = (*BATCH_SIZES, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -388,8 +388,9 @@ def search(
     unseen = 0  # steps since the last look
     while number <= options.max_len and not over:
         steps = 1
-        if patient and number >= prefix_len and number + CHUNK <= options.max_len:
-            steps = CHUNK
+        if patient and number >= prefix_len:
+            most = min(_patience(number), options.max_len - number)
+            steps = next((steps for steps in STEPS if steps <= most), 1)
         run.make_room(number + steps + 1)
         if options.is_plain and number >= prefix_len:
             run.run_plain(steps) if number < options.max_len else run.run_last()
@@ -416,7 +417,7 @@ def search(
 
 def _patience(number: int) -> int:
     """How many steps may pass between two looks: few beside those that there have been."""
-    return min(max(CHUNK, number // 16), 16)
+    return min(max(STEPS[-1], number // 16), 16)
 
 
 def runs_behind(device: torch.device) -> bool:

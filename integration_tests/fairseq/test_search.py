@@ -252,6 +252,26 @@ def test_looks_that_come_late(device, monkeypatch, batch_size):
     compare(model, sample_of(lengths, device), strategy=sampling, max_len_b=20)
 
 
+def test_many_steps_between_looks(device, monkeypatch):
+    """Late in a search more steps pass; hypotheses end at any of them."""
+    monkeypatch.setattr(sentence_search, "runs_behind", lambda device: True)
+    taken = []
+    run_plain = sentence_search.Search.run_plain
+    monkeypatch.setattr(
+        sentence_search.Search,
+        "run_plain",
+        lambda self, steps: taken.append(steps) or run_plain(self, steps),
+    )
+    model = model_of(device, **LONG)
+    sample = sample_of([2 + n % 9 for n in range(6)], device)
+    ends = set()
+    for max_len in (150, 153, 163, 166):
+        out = compare(model, sample, beam_size=2, min_len=129, max_len_b=max_len)
+        ends |= {len(h["tokens"]) for sentence in out for h in sentence}
+    assert set(taken) == {1, *sentence_search.STEPS}
+    assert len(ends) > 4
+
+
 class RecordedCalls:
     """Stands for a CUDA graph: the calls of a step, with the tensors that they had when it was
     captured.
