@@ -26,6 +26,7 @@ struct HypothesisShared {
 __device__ __forceinline__ int keys_before(const uint32_t* keys, int count, uint32_t own,
                                            bool wins_ties) {
   int low = 0, high = count;
+#pragma unroll 1
   while (low < high) {
     const int middle = (low + high) / 2;
     if (wins_ties ? keys[middle] >= own : keys[middle] > own) {
@@ -37,8 +38,10 @@ __device__ __forceinline__ int keys_before(const uint32_t* keys, int count, uint
   return low;
 }
 
-// One block per sentence. Every thread owns whole columns of key_rows, so it reads all of a column
+// One block per sentence, of at most kBeams hypotheses: few of them make short code, which counts
+// where a launch's instructions have to be fetched anew in every step. Every thread owns whole columns of key_rows, so it reads all of a column
 // before it writes, and no two buffers are needed. Moves at most 3 * num_beams * lengths words.
+template <int kBeams>
 __global__ void __launch_bounds__(kHypothesisThreads)
     hypothesis_step_kernel(const HypothesisStepArgs args) {
   __shared__ HypothesisShared shared;
@@ -62,6 +65,7 @@ __global__ void __launch_bounds__(kHypothesisThreads)
   const int is_done = args.is_done[place], before = args.ended[place];
   wait_for_predecessor();
   if (is_done != 0) return;
+#pragma unroll 1
   for (int i = thread; i < beams * kept; i += kHypothesisThreads) {
     const float score = args.scores[first_row * kept + i];
     shared.candidate_tokens[i] = args.candidate_tokens[first_row * kept + i];
@@ -72,9 +76,11 @@ __global__ void __launch_bounds__(kHypothesisThreads)
   __syncthreads();
 
   // The best continuations of all rows. Those of one row are in order.
+#pragma unroll 1
   for (int i = thread; i < beams * kept; i += kHypothesisThreads) {
     const int beam = i / kept;
     int rank = i % kept;
+#pragma unroll 1
     for (int other = 0; other < beams && rank < kept; ++other) {
       if (other == beam) continue;
       rank += keys_before(shared.keys + other * kept, kept, shared.keys[i], other < beam);
@@ -99,6 +105,7 @@ __global__ void __launch_bounds__(kHypothesisThreads)
   // Those that go on, in their order, and behind them the others in theirs.
   if (thread < kept) {
     int free_before = 0, all_free = 0, ends_before = 0;
+#pragma unroll 1
     for (int i = 0; i < kept; ++i) {
       all_free += !shared.blocked[i];
       if (i < thread) {
@@ -121,6 +128,7 @@ __global__ void __launch_bounds__(kHypothesisThreads)
   __syncthreads();
   if (thread == 0) {
     int ending = 0;
+#pragma unroll 1
     for (int i = 0; i < beams; ++i) ending += shared.ends[i];
     const int after = min(beams, before + ending);
     args.ended[place] = after;
@@ -142,22 +150,23 @@ __global__ void __launch_bounds__(kHypothesisThreads)
   // Where each position of a hypothesis stands. What ends is copied out before the rows are put in
   // their new order. A row alone has its past where it was.
   const int first_position = beams == 1 && shared.filed[0] < 0 ? step : 0;
+#pragma unroll 1
   for (int position = first_position + thread; position <= step; position += kHypothesisThreads) {
     int32_t* const running = args.key_rows + first_row * capacity + position;
     int32_t* const ended = args.ended_rows + place * beams * capacity + position;
-    int32_t rows[kMaxBeams];
+    int32_t rows[kBeams];
     const auto slot_of = [&](int kept_one) {
       const int parent = shared.parents[kept_one];
       return position == step ? shared.slots[parent] : running[parent * capacity];
     };
 #pragma unroll
-    for (int beam = 0; beam < kMaxBeams; ++beam) {
+    for (int beam = 0; beam < kBeams; ++beam) {
       if (beam >= beams) continue;
       if (shared.filed[beam] >= 0) ended[shared.filed[beam] * capacity] = slot_of(beam);
       rows[beam] = slot_of(shared.next[beam]);
     }
 #pragma unroll
-    for (int beam = 0; beam < kMaxBeams; ++beam) {
+    for (int beam = 0; beam < kBeams; ++beam) {
       if (beam < beams) running[beam * capacity] = rows[beam];
     }
   }
@@ -176,7 +185,9 @@ Status hypothesis_step(const HypothesisStepArgs& args, const Context& context) {
   config.block = dim3(kHypothesisThreads);
   config.grid = dim3(static_cast<unsigned>(args.sentences));
   config.chained = args.chained;
-  return to_status(launch(config, hypothesis_step_kernel, args));
+  if (args.num_beams == 1) return to_status(launch(config, hypothesis_step_kernel<1>, args));
+  if (args.num_beams <= 8) return to_status(launch(config, hypothesis_step_kernel<8>, args));
+  return to_status(launch(config, hypothesis_step_kernel<kMaxBeams>, args));
 }
 
 }  // namespace eet_patch::cuda
