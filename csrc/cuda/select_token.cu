@@ -118,6 +118,7 @@ __device__ void commit_token(const SelectTokenArgs& args, const RowStep& step, i
   if (step.finished) return;
   if (args.seen != nullptr) args.seen[slot * seen_words(args) + token / 32] |= 1u << (token % 32);
   bool ends = false;
+#pragma unroll 1
   for (int64_t i = 0; i < args.num_eos; ++i) ends |= args.eos_token_ids[i] == token;
   if (ends) {
     args.finished[slot] = 1;
@@ -249,7 +250,7 @@ __device__ int draw_from_top_k(const SelectTokenArgs& args, Source source, const
 }
 
 // The largest score of every row; with kCommits that is the token (greedy). One read of the logits.
-template <typename T, bool kCommits>
+template <typename T, bool kCommits, bool kPlain>
 __global__ void __launch_bounds__(kSelectThreads) max_score_kernel(const SelectParams p) {
   __shared__ SelectShared shared;
   const RowStep step = load_step(p.args);
@@ -259,7 +260,7 @@ __global__ void __launch_bounds__(kSelectThreads) max_score_kernel(const SelectP
   const ChunkLogits logits = load_chunk(row, blockIdx.x);
   uint32_t keys[kTokensPerThread];
   if (pass_finished_row(p.args, step, kCommits)) return;
-  chunk_keys(row, blockIdx.x, logits, shared, keys);
+  chunk_keys<kPlain>(row, blockIdx.x, logits, shared, keys);
   Candidate best = 0;
 #pragma unroll
   for (int i = 0; i < kTokensPerThread; ++i) {
@@ -414,7 +415,9 @@ __global__ void __launch_bounds__(kSelectThreads) sample_token_kernel(const Sele
     best = block_max(best, shared);
     if (threadIdx.x == 0) atomicMax(&state.best_sample, best);
     if (kTopP) {
-      append(undecided, 1, state.list, &state.list_size, kListCapacity, ~0u, shared);
+      uint32_t numbers[kTokensPerThread];
+      number_candidates(undecided, 1, numbers, shared);
+      append(undecided, numbers, state.list, &state.list_size, kListCapacity, shared);
     }
   }
   if (!is_last_block_of_row(&state.arrivals, shared)) return;
@@ -453,13 +456,19 @@ cudaError_t launch_select_token(const SelectTokenArgs& args, cudaStream_t stream
   config.block = dim3(kSelectThreads);
   config.grid = dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(args.rows));
   config.chained = args.chained;
-  if (args.noise == nullptr) return launch(config, max_score_kernel<T, true>, p);
+  if (args.noise == nullptr) {
+    const bool plain = (args.seen == nullptr || args.repetition_penalty == 1.0f) &&
+                       args.temperature == 1.0f &&
+                       args.num_eos + args.num_suppressed <= kShortList;
+    return plain ? launch(config, max_score_kernel<T, true, true>, p)
+                 : launch(config, max_score_kernel<T, true, false>, p);
+  }
   if (args.top_k > 0 && args.top_k < args.vocab_size) {
     const bool lists = chunks * (args.top_k + kListSlack) <= kListCapacity;
     if (!lists) config.grid.x = 1;
     return launch(config, top_k_token_kernel<T>, p, lists);
   }
-  cudaError_t error = launch(config, max_score_kernel<T, false>, p);
+  cudaError_t error = launch(config, max_score_kernel<T, false, false>, p);
   config.chained = true;
   if (error != cudaSuccess || args.top_p >= 1.0f) {
     return error != cudaSuccess ? error : launch(config, sample_token_kernel<T, false>, p);

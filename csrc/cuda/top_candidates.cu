@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kSelectThreads)
 }
 
 // Every block lists its share's largest; the last one finds the row's and writes them in order.
-template <typename T>
+template <typename T, bool kPlain>
 __global__ void __launch_bounds__(kSelectThreads)
     top_candidates_kernel(const TopCandidatesArgs args) {
   __shared__ SelectShared shared;
@@ -117,9 +117,11 @@ __global__ void __launch_bounds__(kSelectThreads)
   CandidateState& state = row_state(args);
   const int blocks = gridDim.x;
   float largest = -INFINITY, sum = 0.0f;
+#pragma unroll 1
   for (int i = threadIdx.x % kWarpSize; i < blocks; i += kWarpSize)
     largest = fmaxf(largest, state.max_logits[i]);
   row.max_logit = warp_max(largest);
+#pragma unroll 1
   for (int i = threadIdx.x % kWarpSize; i < blocks; i += kWarpSize) {
     if (state.sums[i] != 0.0f) sum += state.sums[i] * expf(state.max_logits[i] - row.max_logit);
   }
@@ -127,7 +129,7 @@ __global__ void __launch_bounds__(kSelectThreads)
 
   uint32_t keys[kTokensPerThread];
   Candidate candidates[kTokensPerThread];
-  chunk_keys(row, blockIdx.x, loaded, shared, keys);
+  chunk_keys<kPlain>(row, blockIdx.x, loaded, shared, keys);
 #pragma unroll
   for (int i = 0; i < kTokensPerThread; ++i) {
     const int token = blockIdx.x * kTokensPerBlock + i * kSelectThreads + threadIdx.x;
@@ -139,6 +141,7 @@ __global__ void __launch_bounds__(kSelectThreads)
 
   const int size = static_cast<int>(state.list_size), count = static_cast<int>(args.count);
   auto source = [&](auto f) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < size; i += kSelectThreads) f(state.list[i], 1);
   };
   // What a thread each can put in order needs no search.
@@ -253,8 +256,10 @@ __global__ void __launch_bounds__(kSelectThreads)
 
   const CandidateState& state = row_state(args);
   float largest = -INFINITY, sum = 0.0f;
+#pragma unroll 1
   for (int i = lane; i < parts; i += kWarpSize) largest = fmaxf(largest, state.part_max[i]);
   row.max_logit = warp_max(largest);
+#pragma unroll 1
   for (int i = lane; i < parts; i += kWarpSize) {
     if (state.part_sums[i] != 0.0f)
       sum += state.part_sums[i] * expf(state.part_max[i] - row.max_logit);
@@ -264,11 +269,13 @@ __global__ void __launch_bounds__(kSelectThreads)
     return order_key(
         __fadd_rn(__fsub_rn(__fsub_rn(logit, row.max_logit), row.log_sum), row.offset));
   };
+#pragma unroll 1
   for (int i = threadIdx.x; i < parts; i += kSelectThreads)
     keys[i] =
         state.part_keys[i] == 0 ? order_key(-INFINITY) : key_of_logit(score_of(state.part_keys[i]));
   if (threadIdx.x == 0) threshold = num_chosen = shared.count = 0;
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < parts; i += kSelectThreads) {
     const uint32_t own = keys[i];
     int rank = 0;
@@ -285,17 +292,20 @@ __global__ void __launch_bounds__(kSelectThreads)
     }
     return;
   }
+#pragma unroll 1
   for (int i = threadIdx.x; i < parts; i += kSelectThreads) {
     if (keys[i] >= threshold) chosen[atomicAdd(&num_chosen, 1u)] = static_cast<uint16_t>(i);
   }
   __syncthreads();
 
   auto is_in = [](const int64_t* tokens, int size, int token) {
+#pragma unroll 1
     for (int i = 0; i < size; ++i)
       if (tokens[i] == token) return true;
     return false;
   };
   auto source = [&](auto f) {  // what is not below the threshold
+#pragma unroll 1
     for (int c = warp; c < static_cast<int>(num_chosen); c += kSelectWarps) {
 #pragma unroll
       for (int i = 0; i < kLaneTokens; ++i) {
@@ -319,13 +329,15 @@ __global__ void __launch_bounds__(kSelectThreads)
     });
     __syncthreads();
   };
-  gather(1);
-  if (shared.count > kSelectThreads) {  // many equal scores: a search finds the least that counts
-    const Candidate lowest = find_threshold(source, count, 1, shared);
+#pragma unroll 1
+  for (Candidate lowest = 1;;) {
+    gather(lowest);
+    if (shared.count <= kSelectThreads) break;
+    // Many equal scores: a search finds the least that counts.
+    lowest = find_threshold(source, count, 1, shared);
     __syncthreads();
     if (threadIdx.x == 0) shared.count = 0;
     __syncthreads();
-    gather(lowest);
   }
   const int num_best = static_cast<int>(shared.count);
   if (static_cast<int>(threadIdx.x) >= num_best) return;
@@ -363,7 +375,11 @@ cudaError_t launch_top_candidates(const TopCandidatesArgs& args, cudaStream_t st
   config.chained = args.chained;
   const cudaError_t error = launch(config, log_softmax_sums_kernel<T>, args);
   config.chained = true;
-  return error != cudaSuccess ? error : launch(config, top_candidates_kernel<T>, args);
+  if (error != cudaSuccess) return error;
+  const bool plain = (args.seen == nullptr || args.repetition_penalty == 1.0f) &&
+                     args.num_eos + args.num_suppressed <= kShortList;
+  return plain ? launch(config, top_candidates_kernel<T, true>, args)
+               : launch(config, top_candidates_kernel<T, false>, args);
 }
 
 }  // namespace
