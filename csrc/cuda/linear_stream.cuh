@@ -29,6 +29,8 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
   using Tile = StreamTile<kRows>;
   constexpr int kVector = kVectorSize<T>;
   constexpr int kSlots = (kRows + kStreamWarps - 1) / kStreamWarps;  // rows a warp may finish
+  // More of them would make code that is fetched anew in each launch.
+  constexpr int kSlotsTogether = kSlots <= 4 ? 64 : 1;
   extern __shared__ __align__(kBoxAlignment) unsigned char shared[];
 
   const int rank = cluster_rank(), ranks = cluster_size();
@@ -210,7 +212,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
     if (p.residual == nullptr || t >= tiles) return;
     const int which = weight_of(t), column = column_of(t, which);
     const T* source = p.residual + own_offset + int64_t(which) * p.out_features + column;
-#pragma unroll
+#pragma unroll kSlotsTogether
     for (int slot = 0; slot < kSlots; ++slot) {
       if (slot < own_slots) residual_terms[slot] = load_pair(source, column + 2 * lane);
       source += slot_stride;
@@ -255,7 +257,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
     const bool first = n < p.out_features, second = n + 1 < p.out_features;
     T* target = p.out + own_offset + int64_t(which) * p.out_features + column;
     const float* source = sums + warp * ranks * Tile::kSumStride + 2 * lane;
-#pragma unroll
+#pragma unroll kSlotsTogether
     for (int slot = 0; slot < kSlots; ++slot) {
       if (slot >= own_slots) break;
       float2 sum = bias_terms;

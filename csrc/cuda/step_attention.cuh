@@ -100,6 +100,7 @@ __device__ __forceinline__ void finish_step_attention(
   }
   T* target = p.out + split.row * int64_t(p.num_heads) * p.head_dim + split.head * p.head_dim;
   const uint32_t barrier = address_in_rank(shared_address(arrived), 0);
+#pragma unroll 1
   for (int column = threadIdx.x; column < p.head_dim; column += kThreads) {
     float sum = 0.0f;
 #pragma unroll
@@ -134,6 +135,7 @@ __device__ __forceinline__ void finish_step_attention(
     }
   }
   const float inverse = 1.0f / all;
+#pragma unroll 1
   for (int column = threadIdx.x; column < p.head_dim; column += kThreads) {
     float sum = 0.0f;
 #pragma unroll
@@ -143,16 +145,21 @@ __device__ __forceinline__ void finish_step_attention(
   }
 }
 
-// kVector elements from an address that may not be aligned, and may end early.
+// kVector elements from an address that may not be aligned, and may end early. Out of line: it would
+// stand in many places, and the instructions of a step are fetched again and again.
 template <typename T>
-__device__ __forceinline__ uint4 load_piece(const T* source, int count, bool vectors) {
-  if (count <= 0) return make_uint4(0, 0, 0, 0);
-  if (vectors) return load_cache(source);
+__device__ __noinline__ uint4 load_elements(const T* source, int count) {
   Vector<T, kVectorSize<T>> elements;
 #pragma unroll
   for (int i = 0; i < kVectorSize<T>; ++i)
     elements.data[i] = i < count ? source[i] : from_float<T>(0.0f);
   return reinterpret_cast<const uint4&>(elements);
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 load_piece(const T* source, int count, bool vectors) {
+  if (count <= 0) return make_uint4(0, 0, 0, 0);
+  return vectors ? load_cache(source) : load_elements(source, count);
 }
 
 // kLanes lanes own a key at a time, kPieces 16-byte pieces of it each; kHeadWarps warps own a head.
@@ -222,7 +229,7 @@ __global__ void __launch_bounds__(kStepThreads, 4)
     }
     copy_async_commit();
   };
-#pragma unroll
+#pragma unroll 1
   for (int stage = 0; stage < Tile::kStages; ++stage) load(stage, begin + stage * Tile::kStageKeys);
   if (split.count > 1) {
     cluster_arrive();
@@ -272,6 +279,7 @@ __global__ void __launch_bounds__(kStepThreads, 4)
             *reinterpret_cast<uint4*>(p.key_cache + target + column) = loaded[piece][1];
             *reinterpret_cast<uint4*>(p.value_cache + target + column) = loaded[piece][2];
           } else {
+#pragma unroll 1
             for (int i = 0; i < min(count, kVector); ++i) {
               p.key_cache[target + column + i] = query[p.key_offset + column + i];
               p.value_cache[target + column + i] = query[p.value_offset + column + i];

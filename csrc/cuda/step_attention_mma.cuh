@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kStepThreads, 4)
     }
   };
   int first = split.begin + warp * kStepTileKeys;
-#pragma unroll
+#pragma unroll 1
   for (int s = 0; s < kStages; ++s) {
     load(first + s * kRoundKeys, own_ring + s * Tile::kStageBytes);
     copy_async_commit();
@@ -90,6 +90,7 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   }
   if (has_new && warp == kStepWarps - 1) {
     const int64_t target = split.own_row + split.length * p.strides.token;
+#pragma unroll 1
     for (int unit = lane; unit < 2 * units; unit += kWarpSize) {
       const int column = unit % units * 8;
       T* cache = unit < units ? p.key_cache : p.value_cache;
@@ -161,6 +162,7 @@ __global__ void __launch_bounds__(kStepThreads, 4)
 
   if (has_new && warp == kStepWarps - 1) {  // its own key and value, which came with the query
     float score = 0.0f;
+#pragma unroll 1
     for (int column = 2 * lane; column < p.head_dim; column += 2 * kWarpSize) {
       const float2 a = unpack2<T>(__ldcg(reinterpret_cast<const uint32_t*>(query + column)));
       const float2 b =
