@@ -747,8 +747,10 @@ void run_all_linear_tiles(bool small) {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (major != 9 || minor != 0) return;
-  for (int tile = 0; tile < cuda::kNumTiles + cuda::kNumSplits; ++tile) {
+  for (int tile = 0; tile < cuda::kNumTiles + cuda::kNumClusterShapes; ++tile) {
     run_linear_tiles(DType::kFloat16, 300, 392, 328, tile);
+    // More k than the rings of a cluster's blocks hold.
+    if (tile >= cuda::kNumTiles) run_linear_tiles(DType::kFloat16, 41, 2632, 104, tile);
     if (small) continue;
     run_linear_tiles(DType::kFloat16, 77, 72, 200, tile);
     run_linear_tiles(DType::kBFloat16, 1000, 1032, 776, tile);

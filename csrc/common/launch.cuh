@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "common/convert.cuh"
@@ -15,6 +16,8 @@ struct LaunchConfig {
   dim3 grid, block;
   cudaStream_t stream = nullptr;
   size_t shared_bytes = 0;
+  // Of any launch of the kernel, where its launches differ: threads may launch it at the same time.
+  size_t most_shared_bytes = 0;
   // The kernel before this one on the stream is ours and of the same call, so this one may start
   // before it ends; it reads nothing that the other wrote, and writes nothing, before
   // wait_for_predecessor().
@@ -61,10 +64,11 @@ cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...),
   constexpr size_t kDefaultSharedBytes =
       40 * 1024;  // 48 KB a block unless asked for more, less the static arrays' share
   cudaError_t error = cudaSuccess;
-  if (config.shared_bytes > kDefaultSharedBytes) {
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(config.shared_bytes));
+  const size_t most = std::max(config.shared_bytes, config.most_shared_bytes);
+  if (most > kDefaultSharedBytes) {
+    error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
   }
   if (error == cudaSuccess) {
     cudaLaunchConfig_t launch_config = {};

@@ -13,7 +13,7 @@ static_assert(kHypothesisThreads >= kMaxCandidates, "a thread for each continuat
 struct HypothesisShared {
   uint32_t keys[kMaxBeams * kMaxCandidates];  // of all continuations
   int candidate_tokens[kMaxBeams * kMaxCandidates];
-  int best[kMaxCandidates];                   // the kept ones in order
+  int best[kMaxCandidates];  // the kept ones in order
   float scores[kMaxCandidates];
   int tokens[kMaxCandidates], parents[kMaxCandidates];
   bool ends[kMaxCandidates], blocked[kMaxCandidates];
@@ -39,8 +39,9 @@ __device__ __forceinline__ int keys_before(const uint32_t* keys, int count, uint
 }
 
 // One block per sentence, of at most kBeams hypotheses: few of them make short code, which counts
-// where a launch's instructions have to be fetched anew in every step. Every thread owns whole columns of key_rows, so it reads all of a column
-// before it writes, and no two buffers are needed. Moves at most 3 * num_beams * lengths words.
+// where a launch's instructions have to be fetched anew in every step. Every thread owns whole
+// columns of key_rows, so it reads all of a column before it writes, and no two buffers are needed.
+// Moves at most 3 * num_beams * lengths words.
 template <int kBeams>
 __global__ void __launch_bounds__(kHypothesisThreads)
     hypothesis_step_kernel(const HypothesisStepArgs args) {

@@ -63,13 +63,13 @@ __global__ void __launch_bounds__(kBlockWarps* kWarpSize) layernorm_kernel(const
   normalise_row<kWarps, kVector>(p.size, p.eps, shared, load, store);
 }
 
-// A warp a row, held in registers; the parameters are asked for before the wait. Aligned rows.
-// Otherwise as layernorm_kernel.
+// A warp a row, held in registers, as many rows a block as it has warps; the parameters are asked
+// for before the wait. Aligned rows. Otherwise as layernorm_kernel.
 template <typename T, int kChunks>
 __global__ void __launch_bounds__(kRowsPerBlock* kWarpSize)
     held_layernorm_kernel(const NormParams<T> p) {
   using Row = HeldRow<T, kChunks>;
-  const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarpSize;
+  const int64_t row = int64_t(blockIdx.x) * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
   const int64_t offset = row * p.size;
   Row bias, weight, norm_bias, input, residual;
   release_dependents();
@@ -106,6 +106,13 @@ cudaError_t launch_rows(const NormParams<T>& p, cudaStream_t stream, bool chaine
       p.size <= kWarpMaxSize && (p.rows > kFewRows || p.size <= kWarpSize * kVector);
   config.grid = dim3(static_cast<unsigned>(warp_rows ? ceil_div(p.rows, kRowsPerBlock) : p.rows));
   if constexpr (kVector > 1) {
+    // Few rows: a block each, so that all multiprocessors share in them.
+    if (!warp_rows && p.size <= kWarpMaxSize) {
+      config.block = dim3(kWarpSize);
+      return with_held_chunks<T>(p.size, [&](auto chunks) {
+        return launch(config, held_layernorm_kernel<T, decltype(chunks)::value>, p);
+      });
+    }
     if (warp_rows) {
       return with_held_chunks<T>(p.size, [&](auto chunks) {
         return launch(config, held_layernorm_kernel<T, decltype(chunks)::value>, p);

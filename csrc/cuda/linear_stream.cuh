@@ -29,8 +29,6 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
   using Tile = StreamTile<kRows>;
   constexpr int kVector = kVectorSize<T>;
   constexpr int kSlots = (kRows + kStreamWarps - 1) / kStreamWarps;  // rows a warp may finish
-  // More of them would make code that is fetched anew in each launch.
-  constexpr int kSlotsTogether = kSlots <= 4 ? 64 : 1;
   extern __shared__ __align__(kBoxAlignment) unsigned char shared[];
 
   const int rank = cluster_rank(), ranks = cluster_size();
@@ -73,6 +71,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
   };
   const bool is_producer = threadIdx.x == kStreamWorkers;
   if (is_producer) {
+#pragma unroll 1
     for (int i = 0; i < ring_stages; ++i) {
       barrier_init(full + i * 8, 1);
       barrier_init(empty + i * 8, kStreamWarps);
@@ -80,6 +79,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
     const int own_rows = rows > rank ? (rows - rank + ranks - 1) / ranks : 0;
     barrier_init(arrived, 1);
     barrier_init_fence();
+#pragma unroll 1
     for (int i = 0; i < ring_stages && load_tile < tiles; ++i) load(i);
     barrier_expect(arrived, own_rows * ranks * kNormTile * 4);
     if (Tile::kPrefetchChunks > 0 && load_tile == tile) {
@@ -212,11 +212,10 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
     if (p.residual == nullptr || t >= tiles) return;
     const int which = weight_of(t), column = column_of(t, which);
     const T* source = p.residual + own_offset + int64_t(which) * p.out_features + column;
-#pragma unroll kSlotsTogether
-    for (int slot = 0; slot < kSlots; ++slot) {
-      if (slot < own_slots) residual_terms[slot] = load_pair(source, column + 2 * lane);
+    for_slots<kSlots>(own_slots, [&](int slot) {
+      residual_terms[slot] = load_pair(source, column + 2 * lane);
       source += slot_stride;
-    }
+    });
   };
 
   const int g = lane / 4, q = lane % 4;
@@ -257,9 +256,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
     const bool first = n < p.out_features, second = n + 1 < p.out_features;
     T* target = p.out + own_offset + int64_t(which) * p.out_features + column;
     const float* source = sums + warp * ranks * Tile::kSumStride + 2 * lane;
-#pragma unroll kSlotsTogether
-    for (int slot = 0; slot < kSlots; ++slot) {
-      if (slot >= own_slots) break;
+    for_slots<kSlots>(own_slots, [&](int slot) {
       float2 sum = bias_terms;
 #pragma unroll 4
       for (int i = 0; i < ranks; ++i) {
@@ -269,8 +266,8 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
       }
       source += slot_rows * Tile::kSumStride;
       if (p.activation != Activation::kNone) {
-        sum.x = activate_fast(sum.x, p.activation);
-        sum.y = activate_fast(sum.y, p.activation);
+        sum.x = activate_out_of_line(sum.x, p.activation);
+        sum.y = activate_out_of_line(sum.y, p.activation);
       }
       if (p.residual != nullptr) {
         float2 residual = unpack2<T>(residual_terms[slot]);
@@ -301,7 +298,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
         if (lane == 0)
           p.out_partials[(own_row + slot * slot_rows) * tiles + tile] = make_float2(mean, squares);
       }
-    }
+    });
     if (ranks == 1) workers_sync();  // the sums may be written anew
   };
 
@@ -322,6 +319,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
     }
     if (!is_producer) return;
     int stage = 0;
+#pragma unroll 1
     for (uint32_t parity = 0; load_tile < tiles; ++stage) {
       if (stage == ring_stages) stage = 0, parity ^= 1;
       barrier_wait(empty + stage * 8, parity);
@@ -363,6 +361,7 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
   bool all_there = false;  // parts that all have a place stay there for the next tiles
   int stage = 0, slot = 0;
   uint32_t parity = 0;
+#pragma unroll 1
   for (; tile < tiles; tile += tile_step) {
 #pragma unroll 1
     for (int part = 0; part < parts; ++part) {

@@ -85,6 +85,23 @@ __device__ __forceinline__ void merged_statistics(const float2* partials, int ro
   }
 }
 
+// Calls `finish` for the rows that a warp finishes, `count` of at most kSlots. Many of them share
+// one copy of the code, which has to be fetched in each launch; what they keep lies in local
+// memory.
+template <int kSlots, typename Finish>
+__device__ __forceinline__ void for_slots(int count, Finish&& finish) {
+  if constexpr (kSlots <= 4) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (slot >= count) break;
+      finish(slot);
+    }
+  } else {
+#pragma unroll 1
+    for (int slot = 0; slot < count; ++slot) finish(slot);
+  }
+}
+
 __device__ __forceinline__ void workers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kStreamWorkers) : "memory");
 }

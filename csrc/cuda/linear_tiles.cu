@@ -25,18 +25,17 @@ bool is_supported(const LinearArgs& args) {
 
 Status linear_tiles(const LinearTilesArgs& args, const Context& context) {
   const LinearArgs& product = args.product;
-  if (!is_supported(product) || args.tile < 0 || args.tile >= kNumTiles + kNumSplits)
+  if (!is_supported(product) || args.tile < 0 || args.tile >= kNumTiles + kNumClusterShapes)
     return Status{Status::kUnsupported};
   if (product.rows == 0 || product.out_features == 0) return Status{};
   const int tile = args.tile;
   const cudaStream_t stream = stream_of(context);
   const bool half = product.dtype == DType::kFloat16;
   if (tile >= kNumTiles) {
-    const int columns = kSplitColumns[(tile - kNumTiles) / kNumSplitRanks];
-    const int ranks = kSplitRanks[(tile - kNumTiles) % kNumSplitRanks];
+    const ClusterShape shape = kClusterShapes[tile - kNumTiles];
     return to_status(
-        half ? launch_linear_split<__half>(product, columns, ranks, args.chained, stream)
-             : launch_linear_split<__nv_bfloat16>(product, columns, ranks, args.chained, stream));
+        half ? launch_linear_cluster<__half>(product, shape, args.chained, stream)
+             : launch_linear_cluster<__nv_bfloat16>(product, shape, args.chained, stream));
   }
   const int shape = tile % kNumTileShapes;
   const TilePair pair = static_cast<TilePair>(tile / kNumTileShapes);

@@ -59,6 +59,22 @@ struct LinearTileParams {
   Activation activation;
 };
 
+// What does not depend on the tile.
+template <typename T>
+LinearTileParams<T> tile_params(const LinearArgs& args) {
+  LinearTileParams<T> p = {};
+  for (int i = 0; i < args.num_weights; ++i) p.bias[i] = static_cast<const T*>(args.bias[i]);
+  p.out = static_cast<T*>(args.out);
+  p.residual = static_cast<const T*>(args.residual);
+  p.out_stride = args.out_stride;
+  p.rows = static_cast<int>(args.rows);
+  p.out_features = static_cast<int>(args.out_features);
+  p.num_weights = args.num_weights;
+  p.k_blocks = static_cast<int>(ceil_div(args.in_features, kTileK));
+  p.activation = args.activation;
+  return p;
+}
+
 // Which tile a block works at. Blocks walk the tiles of a row of tiles first, pairs of blocks pairs
 // of them; the last of a pair may lie outside, where copies yield zeros and nothing is stored.
 template <typename T>

@@ -25,16 +25,16 @@ constexpr TileShape kTileShapes[] = {{2, 112, false}, {2, 128, false}, {2, 160, 
 constexpr int kNumTileShapes = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
 constexpr int kNumTiles = 3 * kNumTileShapes;  // tile / kNumTileShapes is what pairs share
 
-// Tiles of 128 rows whose k a cluster splits (linear_split.cuh) follow: each width with each size
-// of cluster.
-constexpr int kSplitColumns[] = {32, 64};
-constexpr int kSplitRanks[] = {2, 3, 4, 6, 8};
-constexpr int kNumSplitRanks = sizeof(kSplitRanks) / sizeof(kSplitRanks[0]);
-constexpr int kNumSplits = 2 * kNumSplitRanks;
+// Tiles of 128 rows by 64 columns of linear_cluster.cuh follow, one for each shape of cluster.
+struct ClusterShape {
+  int ranks, sharers;
+};
+constexpr ClusterShape kClusterShapes[] = {{2, 4}, {4, 2}};
+constexpr int kNumClusterShapes = sizeof(kClusterShapes) / sizeof(kClusterShapes[0]);
 
 template <typename T>
-cudaError_t launch_linear_split(const LinearArgs& args, int columns, int ranks, bool chained,
-                                cudaStream_t stream);
+cudaError_t launch_linear_cluster(const LinearArgs& args, ClusterShape shape, bool chained,
+                                  cudaStream_t stream);
 
 template <typename T>
 cudaError_t launch_linear_tiles(const LinearArgs& args, int shape, TilePair pair,

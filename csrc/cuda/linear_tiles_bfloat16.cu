@@ -5,7 +5,4 @@ namespace eet_patch::cuda {
 
 template cudaError_t launch_linear_tiles<__nv_bfloat16>(const LinearArgs&, int, TilePair,
                                                         cudaStream_t);
-template cudaError_t launch_linear_split<__nv_bfloat16>(const LinearArgs&, int, int, bool,
-                                                        cudaStream_t);
-
 }  // namespace eet_patch::cuda

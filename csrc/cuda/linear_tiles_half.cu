@@ -4,6 +4,4 @@
 namespace eet_patch::cuda {
 
 template cudaError_t launch_linear_tiles<__half>(const LinearArgs&, int, TilePair, cudaStream_t);
-template cudaError_t launch_linear_split<__half>(const LinearArgs&, int, int, bool, cudaStream_t);
-
 }  // namespace eet_patch::cuda

@@ -1,9 +1,8 @@
-// Launching of linear_tiles.cuh and linear_split.cuh for one element type.
+// Launching of linear_tiles.cuh for one element type.
 #pragma once
 
 #include <utility>
 
-#include "cuda/linear_split.cuh"
 #include "cuda/linear_tiles.cuh"
 
 namespace eet_patch::cuda {
@@ -52,55 +51,10 @@ cudaError_t launch_one_of(const LinearTileParams<T>& p, const LinearArgs& args, 
 }
 
 template <typename T>
-LinearTileParams<T> tile_params(const LinearArgs& args) {
-  LinearTileParams<T> p = {};
-  for (int i = 0; i < args.num_weights; ++i) p.bias[i] = static_cast<const T*>(args.bias[i]);
-  p.out = static_cast<T*>(args.out);
-  p.residual = static_cast<const T*>(args.residual);
-  p.out_stride = args.out_stride;
-  p.rows = static_cast<int>(args.rows);
-  p.out_features = static_cast<int>(args.out_features);
-  p.num_weights = args.num_weights;
-  p.k_blocks = static_cast<int>(ceil_div(args.in_features, kTileK));
-  p.activation = args.activation;
-  return p;
-}
-
-template <typename T>
 cudaError_t launch_linear_tiles(const LinearArgs& args, int shape, TilePair pair,
                                 cudaStream_t stream) {
   return launch_one_of<T>(tile_params<T>(args), args, shape, pair, stream,
                           std::make_integer_sequence<int, kNumTileShapes>());
-}
-
-template <typename T, int kN>
-cudaError_t launch_split_columns(LinearTileParams<T> p, const LinearArgs& args, int ranks,
-                                 bool chained, cudaStream_t stream) {
-  using Tile = SplitTile<kN>;
-  p.row_blocks = static_cast<int>(ceil_div(args.rows, Tile::kRows));
-  p.column_blocks = static_cast<int>(ceil_div(args.out_features, kN));
-  const int k_per_rank = static_cast<int>(ceil_div(p.k_blocks, ranks));
-  cudaError_t error =
-      make_tensor_map(&p.input, args.input, args.rows, args.in_features, Tile::kRows);
-  for (int i = 0; i < p.num_weights && error == cudaSuccess; ++i)
-    error = make_tensor_map(p.weight + i, args.weight[i], args.out_features, args.in_features, kN);
-  if (error != cudaSuccess) return error;
-  LaunchConfig config;
-  config.stream = stream;
-  config.chained = true;
-  config.grid = dim3(static_cast<unsigned>(p.row_blocks * p.column_blocks * p.num_weights * ranks));
-  config.block = dim3(kTileThreads);
-  config.shared_bytes = Tile::kSharedBytes;
-  config.cluster_size = ranks;
-  return launch(config, linear_split_kernel<T, kN>, p, k_per_rank, chained);
-}
-
-template <typename T>
-cudaError_t launch_linear_split(const LinearArgs& args, int columns, int ranks, bool chained,
-                                cudaStream_t stream) {
-  const LinearTileParams<T> p = tile_params<T>(args);
-  if (columns == 32) return launch_split_columns<T, 32>(p, args, ranks, chained, stream);
-  return launch_split_columns<T, 64>(p, args, ranks, chained, stream);
 }
 
 }  // namespace eet_patch::cuda

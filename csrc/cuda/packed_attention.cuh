@@ -106,6 +106,7 @@ struct PackedStages {
     constexpr int kBoxBytes = kWarpgroupQueries * Tile::kLineBytes;
     barrier_expect(queries_full(), warpgroups * Tile::kParts * kBoxBytes);
     for (int part = 0; part < Tile::kParts; ++part) {
+#pragma unroll 1
       for (int i = 0; i < warpgroups; ++i) {
         copy_head_box(queries() + (part * Tile::kWarpgroups + i) * kBoxBytes, &p.query,
                       part * Tile::kLineBytes / 2, blockIdx.x, token + i * kWarpgroupQueries,
@@ -155,6 +156,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       prefetch_map(&p.query);
       prefetch_map(&p.key);
       prefetch_map(&p.value);
+#pragma unroll 1
       for (int i = 0; i < 1 + 2 * kStages; ++i) barrier_init(stages.barriers() + 8 * i, 1);
       barrier_init_fence();
     }

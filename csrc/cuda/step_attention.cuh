@@ -145,8 +145,8 @@ __device__ __forceinline__ void finish_step_attention(
   }
 }
 
-// kVector elements from an address that may not be aligned, and may end early. Out of line: it would
-// stand in many places, and the instructions of a step are fetched again and again.
+// kVector elements from an address that may not be aligned, and may end early. Out of line: it
+// would stand in many places, and the instructions of a step are fetched again and again.
 template <typename T>
 __device__ __noinline__ uint4 load_elements(const T* source, int count) {
   Vector<T, kVectorSize<T>> elements;

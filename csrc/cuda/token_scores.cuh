@@ -165,10 +165,10 @@ template <bool kPlain = false, typename T>
 __device__ __forceinline__ void chunk_keys(const RowScores<T>& row, int chunk,
                                            const ChunkLogits& loaded, SelectShared& shared,
                                            uint32_t (&keys)[kTokensPerThread]) {
-  const uint32_t suppressed =
-      kPlain ? own_tokens(chunk, row.suppressed_tokens, row.num_suppressed) |
-                   own_tokens(chunk, row.eos_token_ids, row.num_eos)
-             : suppressed_tokens(row, chunk, shared);
+  const uint32_t suppressed = kPlain
+                                  ? own_tokens(chunk, row.suppressed_tokens, row.num_suppressed) |
+                                        own_tokens(chunk, row.eos_token_ids, row.num_eos)
+                                  : suppressed_tokens(row, chunk, shared);
 #pragma unroll
   for (int i = 0; i < kTokensPerThread; ++i) {
     const int token = chunk * kTokensPerBlock + i * kSelectThreads + threadIdx.x;
@@ -325,8 +325,8 @@ __device__ __forceinline__ void number_candidates(const Candidate (&candidates)[
 // Appends the numbered ones to a list in global memory; what is past its capacity is counted and
 // not written.
 __device__ __forceinline__ void append(const Candidate (&candidates)[kTokensPerThread],
-                                       const uint32_t (&numbers)[kTokensPerThread],
-                                       Candidate* list, uint32_t* list_size, uint32_t capacity,
+                                       const uint32_t (&numbers)[kTokensPerThread], Candidate* list,
+                                       uint32_t* list_size, uint32_t capacity,
                                        SelectShared& shared) {
   if (threadIdx.x == 0 && shared.count > 0) shared.offset = atomicAdd(list_size, shared.count);
   __syncthreads();

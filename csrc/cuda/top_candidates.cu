@@ -103,6 +103,38 @@ __global__ void __launch_bounds__(kSelectThreads)
   state.sums[blockIdx.x] = sum;
 }
 
+// Up to here the largest are found one after the other.
+constexpr int64_t kFewCandidates = 4;
+static_assert(kListCapacity >= kMaxBlocksPerRow * kFewCandidates);
+
+// As append_largest, for few of them and with less code.
+__device__ __forceinline__ void append_one_by_one(const Candidate (&candidates)[kTokensPerThread],
+                                                  int count, Candidate* list, uint32_t* list_size,
+                                                  SelectShared& shared) {
+  Candidate below = ~Candidate(0), own = 0;
+  int found = 0;
+  __syncthreads();  // whoever used `shared` before has read it
+#pragma unroll 1
+  for (; found < count; ++found) {
+    Candidate largest = 0;
+#pragma unroll
+    for (int i = 0; i < kTokensPerThread; ++i) {
+      if (candidates[i] < below && candidates[i] > largest) largest = candidates[i];
+    }
+    largest = warp_max(largest);
+    // In turns, so that one barrier a round is enough.
+    Candidate* const of_warps = found % 2 == 0 ? shared.largest : shared.smallest;
+    if (threadIdx.x % kWarpSize == 0) of_warps[threadIdx.x / kWarpSize] = largest;
+    __syncthreads();
+    below = warp_max(of_warps[threadIdx.x % kSelectWarps]);
+    if (below == 0) break;
+    if (static_cast<int>(threadIdx.x) == found) own = below;
+  }
+  if (threadIdx.x == 0 && found > 0) shared.offset = atomicAdd(list_size, found);
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) < found) list[shared.offset + threadIdx.x] = own;
+}
+
 // Every block lists its share's largest; the last one finds the row's and writes them in order.
 template <typename T, bool kPlain>
 __global__ void __launch_bounds__(kSelectThreads)
@@ -135,8 +167,13 @@ __global__ void __launch_bounds__(kSelectThreads)
     const int token = blockIdx.x * kTokensPerBlock + i * kSelectThreads + threadIdx.x;
     candidates[i] = keys[i] == 0 ? 0 : lowest_token_first(keys[i], token);
   }
-  append_largest<false>(candidates, static_cast<int>(args.count), state.list, &state.list_size,
-                        kListCapacity, shared);
+  if (args.count <= kFewCandidates) {
+    append_one_by_one(candidates, static_cast<int>(args.count), state.list, &state.list_size,
+                      shared);
+  } else {
+    append_largest<false>(candidates, static_cast<int>(args.count), state.list, &state.list_size,
+                          kListCapacity, shared);
+  }
   if (!is_last_block_of_row(&state.arrivals, shared)) return;
 
   const int size = static_cast<int>(state.list_size), count = static_cast<int>(args.count);

@@ -51,11 +51,11 @@ TILES = (
     Tile(2 * NUM_SHAPES + 4, 128, 208, "weight", 3.46, 20.35, 8.97),
     Tile(2 * NUM_SHAPES + 6, 128, 256, "weight", -0.71, 19.20, 17.19),
 )
-# Then: 128 rows by 32 or by 64 columns, whose k is split over clusters of so many blocks.
-SPLIT_COLUMNS = (32, 64)
-SPLIT_RANKS = (2, 3, 4, 6, 8)
-FIRST_SPLIT = 3 * NUM_SHAPES
-NUM_TILES = FIRST_SPLIT + len(SPLIT_COLUMNS) * len(SPLIT_RANKS)
+# Then: 128 rows by 64 columns, whose k is split over so many blocks, times so many that bring each
+# other's rows.
+CLUSTER_SHAPES = ((2, 4), (4, 2))
+FIRST_CLUSTER = 3 * NUM_SHAPES
+NUM_TILES = FIRST_CLUSTER + len(CLUSTER_SHAPES)
 
 # Where tiles beat torch's products, and the kernels behind them, in the same measurement.
 # microseconds of torch and of the best tile, BERT-base:
@@ -76,12 +76,19 @@ NUM_TILES = FIRST_SPLIT + len(SPLIT_COLUMNS) * len(SPLIT_RANKS)
 # is moved in 9 us (4096 rows of 768) or 15 us (8704): a product that adds it may take that much
 # longer. torch's query, key and value are one launch above, and two where the three weights don't
 # lie equally far apart (20 us at 2176 rows of 768). Other sizes were not measured.
+#
+# Up to FEW_ROWS rows what counts is the chain. A layer of BERT-base in a graph of twelve, 128 rows,
+# us: 30.8 by torch's products and blocks of a whole multiprocessor, 27.3 by clusters whose blocks
+# leave room for the next launch and which are one kernel for all four products; 96 rows 30.9 and
+# 27.5, BERT-large 39.9 and 32.9, MiniLM 27.0 and 23.6
+# (benchmarks/results/linear_tiles_nvidia_h100_80gb_hbm3.txt).
 FEW_ROWS = 128
+FEW_ROWS_FEATURES = (384, 1024)
 ACTIVATION_ROWS = 448
 PLAIN_ROWS = 2048
 RESIDUAL_ROWS_PER_COLUMN = 2.75  # BERT-large's 2176 rows have fewer, base's have more
 MAX_TILED_IN_FEATURES = 1024
-LONG_IN_FEATURES = (2048, 4096)  # of fc2
+LONG_IN_FEATURES = 4096  # of fc2
 LONG_ROWS = 3072  # up to here, and again from so many times out_features on:
 LONG_ROWS_PER_COLUMN = 8
 # torch's cuBLASLt adds this one itself.
@@ -122,9 +129,8 @@ def _cost(tile: Tile, rows: int, in_features: int, out_features: int, num_weight
     return tile.launch_us + tile.product_us * sums * steps * 1e-6 + tile.sum_us * sums * 1e-5
 
 
-def _split(columns: int, ranks: int) -> int:
-    place = SPLIT_COLUMNS.index(columns) * len(SPLIT_RANKS) + SPLIT_RANKS.index(ranks)
-    return FIRST_SPLIT + place
+def cluster_tile(ranks: int, sharers: int) -> int:
+    return FIRST_CLUSTER + CLUSTER_SHAPES.index((ranks, sharers))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -144,19 +150,17 @@ def choose_tile(
     if adds_residual and activation is not None:
         return None
     if rows <= FEW_ROWS:
-        if adds_residual and LONG_IN_FEATURES[0] <= in_features <= LONG_IN_FEATURES[1]:
-            # No more than 100 blocks: clusters of 4 don't find room on all multiprocessors.
-            columns = 32 if -(-out_features // 32) * 4 <= 100 else 64
-            fits = 512 <= out_features <= 1024
-            return _split(columns, 4) if fits else None
-        blocks = -(-out_features // 64) * num_weights * 2
-        fits = blocks <= MULTIPROCESSORS and 512 <= in_features <= MAX_TILED_IN_FEATURES
-        return _split(64, 2) if fused and not adds_residual and fits else None
+        least, most = FEW_ROWS_FEATURES
+        if adds_residual:
+            takes = least <= out_features <= most and least <= in_features <= LONG_IN_FEATURES
+            return cluster_tile(4, 2) if takes else None
+        takes = (fused or num_weights > 1) and least <= in_features <= most
+        return cluster_tile(2, 4) if takes else None
     if adds_residual:
         takes = rows >= PLAIN_ROWS and rows >= RESIDUAL_ROWS_PER_COLUMN * out_features
         if in_features > MAX_TILED_IN_FEATURES:
             takes &= rows <= LONG_ROWS or rows >= LONG_ROWS_PER_COLUMN * out_features
-        if not takes or not 768 <= out_features <= 1024 or in_features > LONG_IN_FEATURES[1]:
+        if not takes or not 768 <= out_features <= 1024 or in_features > LONG_IN_FEATURES:
             return None
     elif in_features > MAX_TILED_IN_FEATURES or out_features < 256:
         return None

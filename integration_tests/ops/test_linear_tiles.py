@@ -54,6 +54,49 @@ def test_linear_tiles(device, half, tile, shape):
     check(shape, half, device, tile, num_weights=3)
 
 
+FEW_ROWS_SHAPES = [(128, 768, 3072), (128, 3072, 768), (96, 1096, 64), (17, 200, 104), (65, 8, 8)]
+
+
+@pytest.mark.parametrize("shape", FEW_ROWS_SHAPES)
+def test_linear_tiles_of_few_rows(device, half, tile, shape):
+    if tile < tiles.FIRST_CLUSTER:
+        pytest.skip("a tile of many rows")
+    check(shape, half, device, tile, "gelu")
+    check(shape, half, device, tile, residual=True)
+    check(shape, half, device, tile, residual=True, bias=False)
+    check(shape, half, device, tile, num_weights=3, bias=False)
+
+
+@pytest.mark.parametrize("rows", [128, 96, 300])
+def test_linear_tiles_in_a_chain(device, half, tile, rows):
+    """The same bits, whether or not a launch starts before the one ahead has ended. Each reads what
+    that wrote, and what was written there before is not a number.
+    """
+    torch.manual_seed(0)
+    weights = [(torch.randn(264, 264, device=device) / 16).to(half) for _ in range(12)]
+    bias = torch.randn(264, device=device).to(half)
+    x = torch.randn(rows, 264, device=device).to(half)
+
+    def chain(chained):
+        outs = [x]
+        # Blocks of memory that the launches will take.
+        poisoned = [torch.full_like(x, float("nan")) for _ in weights]
+        del poisoned
+        for i, weight in enumerate(weights):
+            activation, residual = ("gelu", None) if i % 2 else (None, outs[-1])
+            outs.append(
+                tiles.linear_tiles(
+                    outs[-1], (weight,), (bias,), tile, activation, residual, chained and i > 0
+                )
+            )
+        return torch.stack(outs)
+
+    expected = chain(False)
+    assert expected.isfinite().all()
+    for _ in range(3):
+        assert torch.equal(chain(True), expected)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_tiles_of_each_activation(device, half, tile, activation, bias):
@@ -116,6 +159,11 @@ def test_choose_tile_where_it_was_measured():
     assert tiles.choose_tile(1024, 768, 3072, 1, "relu") is None
     assert tiles.choose_tile(4096, 768, 768, 1, None, True) is not None
     assert tiles.choose_tile(2176, 1024, 1024, 1, None, True) is None
+    for hidden in (384, 768, 1024):
+        assert tiles.choose_tile(128, hidden, hidden, 3) == tiles.cluster_tile(2, 4)
+        assert tiles.choose_tile(96, hidden, 4 * hidden, 1, "gelu") == tiles.cluster_tile(2, 4)
+        assert tiles.choose_tile(65, hidden, hidden, 1, None, True) == tiles.cluster_tile(4, 2)
+        assert tiles.choose_tile(128, 4 * hidden, hidden, 1, None, True) == tiles.cluster_tile(4, 2)
 
 
 @pytest.mark.parametrize("rows", [97, 520, 2176])
