@@ -70,8 +70,8 @@ __device__ __forceinline__ float activate_fast(float x, Activation activation) {
   return power > 1e30f ? -0.0f : __fdividef(x, 1.0f + power);
 }
 
-// Out of line, where all activations in many places would make most of a kernel's code: the
-// launches of a step or of few rows wait for their instructions.
+// Out of line, for activations that are rare where they would make most of a kernel's code, which
+// has to be fetched; a call takes longer than the instructions of one.
 inline __device__ __noinline__ float activate_out_of_line(float x, Activation activation) {
   return activate_fast(x, activation);
 }

@@ -266,8 +266,8 @@ __global__ void __launch_bounds__(kStreamThreads, kRows <= 8    ? 4
       }
       source += slot_rows * Tile::kSumStride;
       if (p.activation != Activation::kNone) {
-        sum.x = activate_out_of_line(sum.x, p.activation);
-        sum.y = activate_out_of_line(sum.y, p.activation);
+        sum.x = activate_fast(sum.x, p.activation);
+        sum.y = activate_fast(sum.y, p.activation);
       }
       if (p.residual != nullptr) {
         float2 residual = unpack2<T>(residual_terms[slot]);

@@ -105,34 +105,31 @@ __global__ void __launch_bounds__(kSelectThreads)
 
 // Up to here the largest are found one after the other.
 constexpr int64_t kFewCandidates = 4;
-static_assert(kListCapacity >= kMaxBlocksPerRow * kFewCandidates);
+static_assert(kMaxBlocksPerRow * kFewCandidates <= kSelectThreads, "a thread each");
 
-// As append_largest, for few of them and with less code.
-__device__ __forceinline__ void append_one_by_one(const Candidate (&candidates)[kTokensPerThread],
-                                                  int count, Candidate* list, uint32_t* list_size,
-                                                  SelectShared& shared) {
-  Candidate below = ~Candidate(0), own = 0;
-  int found = 0;
-  __syncthreads();  // whoever used `shared` before has read it
+// Writes the `count` largest of a block's candidates to its own places of the list; 0 where there
+// are fewer. Less code and no counting, for few of them.
+__device__ __forceinline__ void list_one_by_one(const Candidate (&candidates)[kTokensPerThread],
+                                                int count, Candidate* list, SelectShared& shared) {
+  Candidate most = ~Candidate(0), own = 0;  // the largest that may come next
+  __syncthreads();                          // whoever used `shared` before has read it
 #pragma unroll 1
-  for (; found < count; ++found) {
+  for (int found = 0; found < count; ++found) {
     Candidate largest = 0;
 #pragma unroll
     for (int i = 0; i < kTokensPerThread; ++i) {
-      if (candidates[i] < below && candidates[i] > largest) largest = candidates[i];
+      if (candidates[i] <= most && candidates[i] > largest) largest = candidates[i];
     }
     largest = warp_max(largest);
     // In turns, so that one barrier a round is enough.
     Candidate* const of_warps = found % 2 == 0 ? shared.largest : shared.smallest;
     if (threadIdx.x % kWarpSize == 0) of_warps[threadIdx.x / kWarpSize] = largest;
     __syncthreads();
-    below = warp_max(of_warps[threadIdx.x % kSelectWarps]);
-    if (below == 0) break;
-    if (static_cast<int>(threadIdx.x) == found) own = below;
+    largest = warp_max(of_warps[threadIdx.x % kSelectWarps]);
+    if (static_cast<int>(threadIdx.x) == found) own = largest;
+    most = largest == 0 ? 0 : largest - 1;
   }
-  if (threadIdx.x == 0 && found > 0) shared.offset = atomicAdd(list_size, found);
-  __syncthreads();
-  if (static_cast<int>(threadIdx.x) < found) list[shared.offset + threadIdx.x] = own;
+  if (static_cast<int>(threadIdx.x) < count) list[blockIdx.x * count + threadIdx.x] = own;
 }
 
 // Every block lists its share's largest; the last one finds the row's and writes them in order.
@@ -167,16 +164,15 @@ __global__ void __launch_bounds__(kSelectThreads)
     const int token = blockIdx.x * kTokensPerBlock + i * kSelectThreads + threadIdx.x;
     candidates[i] = keys[i] == 0 ? 0 : lowest_token_first(keys[i], token);
   }
-  if (args.count <= kFewCandidates) {
-    append_one_by_one(candidates, static_cast<int>(args.count), state.list, &state.list_size,
-                      shared);
+  const int count = static_cast<int>(args.count);
+  if (count <= kFewCandidates) {
+    list_one_by_one(candidates, count, state.list, shared);
   } else {
-    append_largest<false>(candidates, static_cast<int>(args.count), state.list, &state.list_size,
-                          kListCapacity, shared);
+    append_largest<false>(candidates, count, state.list, &state.list_size, kListCapacity, shared);
   }
   if (!is_last_block_of_row(&state.arrivals, shared)) return;
 
-  const int size = static_cast<int>(state.list_size), count = static_cast<int>(args.count);
+  const int size = count <= kFewCandidates ? blocks * count : static_cast<int>(state.list_size);
   auto source = [&](auto f) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < size; i += kSelectThreads) f(state.list[i], 1);
@@ -191,7 +187,7 @@ __global__ void __launch_bounds__(kSelectThreads)
     if (candidate >= lowest) best[atomicAdd(&shared.count, 1u)] = candidate;
   });
   __syncthreads();
-  const int num_best = few ? size : count;
+  const int num_best = few ? static_cast<int>(shared.count) : count;
   if (static_cast<int>(threadIdx.x) >= num_best) return;
   const Candidate own = best[threadIdx.x];
   int rank = 0;

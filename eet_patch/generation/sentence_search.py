@@ -26,7 +26,7 @@ from eet_patch.ops import beam_selection
 from eet_patch.ops.beam_state import MAX_BEAMS, MAX_CANDIDATES
 from eet_patch.ops.hypotheses import Hypotheses, launch_hypothesis_step, torch_hypothesis_step
 
-STEPS = (8, 2)  # of a graph: the most that may pass between two looks at what is done
+STEPS = (16, 8, 2)  # of a graph: the most that may pass between two looks at what is done
 # Batches are filled up to a multiple, so that graphs serve others of like size.
 FEW_SENTENCES, MULTIPLE_OF_FEW, MULTIPLE_OF_MANY = 64, 4, 8
 SIZES = (*BATCH_SIZES, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -386,9 +386,14 @@ def search(
     prefix_len = 0 if prefix is None else min(prefix.shape[1], options.max_len)
     ends: list[bool] = []
     if prefix is not None and prefix_len:
-        ends = (prefix == options.eos).any(0).tolist()
+        # In one look, for the device has nothing to do yet.
+        found = [(prefix == token).any(0) for token in (options.eos, options.pad)]
+        ends, lacks = torch.stack(found).tolist()
         if options.is_plain and seen is None:
-            first = _begin_with(run, prefix, prefix_len, ends)
+            common = map(any, zip(ends[:prefix_len], lacks, strict=False))
+            first = _begin_with(
+                run, prefix, next((i for i, no in enumerate(common) if no), prefix_len)
+            )
     looks: deque[tuple[Tensor, Any]] = deque()
     over, number = False, first
     # Drawing by the host must find the batch that its own loop would have.
@@ -441,15 +446,11 @@ def filled_up(batch: int, device: torch.device) -> int:
     return (batch + multiple - 1) // multiple * multiple
 
 
-def _begin_with(run: Search, prefix: Tensor, length: int, ends: list[bool]) -> int:
-    """Feeds the part of the prefixes that is there in all sentences in one pass, and scores it;
-    returns how many tokens it took.
+def _begin_with(run: Search, prefix: Tensor, common: int) -> int:
+    """Feeds the `common` first tokens of the prefixes, which are there in all sentences, in one
+    pass, and scores them; returns how many there are.
     """
     options, step = run.options, run.step
-    whole = ~(
-        (prefix[:, :length] == options.pad).any(0) | torch.tensor(ends[:length]).to(prefix.device)
-    )
-    common = int(whole.long().cumprod(0).sum())
     if common == 0:
         return 0
     run.make_room(common + 2)

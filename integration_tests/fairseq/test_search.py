@@ -265,8 +265,8 @@ def test_many_steps_between_looks(device, monkeypatch):
     model = model_of(device, **LONG)
     sample = sample_of([2 + n % 9 for n in range(6)], device)
     ends = set()
-    for max_len in (150, 153, 163, 166):
-        out = compare(model, sample, beam_size=2, min_len=129, max_len_b=max_len)
+    for min_len, max_len in ((129, 150), (129, 153), (129, 163), (129, 166), (258, 279)):
+        out = compare(model, sample, beam_size=2, min_len=min_len, max_len_b=max_len)
         ends |= {len(h["tokens"]) for sentence in out for h in sentence}
     assert set(taken) == {1, *sentence_search.STEPS}
     assert len(ends) > 4
