@@ -458,8 +458,7 @@ cudaError_t launch_select_token(const SelectTokenArgs& args, cudaStream_t stream
   config.chained = args.chained;
   if (args.noise == nullptr) {
     const bool plain = (args.seen == nullptr || args.repetition_penalty == 1.0f) &&
-                       args.temperature == 1.0f &&
-                       args.num_eos + args.num_suppressed <= kShortList;
+                       args.temperature == 1.0f && args.num_eos + args.num_suppressed <= kShortList;
     return plain ? launch(config, max_score_kernel<T, true, true>, p)
                  : launch(config, max_score_kernel<T, true, false>, p);
   }
