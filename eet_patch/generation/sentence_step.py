@@ -442,6 +442,7 @@ class SentenceStep:
                 layer.qkv_biases,
                 False,
                 NO_NORM if model.post_norm else norm,
+                chained=True,
             )
             decode.launch_step_attention(
                 context,
@@ -457,7 +458,7 @@ class SentenceStep:
                 key_rows=self._key_rows(),
             )
             hidden_states = blocks.project_out(
-                context, layer.out_weight, layer.out_bias, False, norm, hidden_states
+                context, layer.out_weight, layer.out_bias, False, norm, hidden_states, chained=True
             )
             if layer.cross is not None:
                 hidden_states = self._cross_attention(model, layer, layer.cross, hidden_states)
@@ -492,7 +493,7 @@ class SentenceStep:
             weight_positions=self.lengths,
         )
         return blocks.project_out(
-            context, cross.out_weight, cross.out_bias, False, norm, hidden_states
+            context, cross.out_weight, cross.out_bias, False, norm, hidden_states, chained=True
         )
 
     def _feed_forward(
@@ -508,4 +509,5 @@ class SentenceStep:
             False,
             model.activation,
             Norm(placement, layer.norm2_weight, layer.norm2_bias, model.norm_eps),
+            chained=True,
         )

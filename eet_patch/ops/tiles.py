@@ -80,9 +80,9 @@ NUM_TILES = FIRST_CLUSTER + len(CLUSTER_SHAPES)
 # Up to FEW_ROWS rows what counts is the chain. A layer of BERT-base in a graph of twelve, 128 rows,
 # us: 30.8 by torch's products and blocks of a whole multiprocessor, 27.3 by clusters whose blocks
 # leave room for the next launch and which are one kernel for all four products; 96 rows 30.9 and
-# 27.5, BERT-large 39.9 and 32.9, MiniLM 27.0 and 23.6
+# 27.5, BERT-large 39.9 and 32.9, MiniLM 27.0 and 23.6; 256 rows of BERT-base 38.6 and 34.7
 # (benchmarks/results/linear_tiles_nvidia_h100_80gb_hbm3.txt).
-FEW_ROWS = 128
+FEW_ROWS = 256
 FEW_ROWS_FEATURES = (384, 1024)
 ACTIVATION_ROWS = 448
 PLAIN_ROWS = 2048

@@ -151,7 +151,7 @@ def test_choose_tile_where_it_was_measured():
     """Fused GELU is worth it from some hundred rows on, products by themselves from 2048 on."""
     assert tiles.choose_tile(4096, 768, 3072, 1, "gelu") is not None
     assert tiles.choose_tile(1024, 1024, 4096, 1, "gelu") is not None
-    assert tiles.choose_tile(256, 768, 3072, 1, "gelu") is None
+    assert tiles.choose_tile(320, 768, 3072, 1, "gelu") is None
     assert tiles.choose_tile(4096, 4096, 16384, 1, "gelu") is None
     assert tiles.choose_tile(4096, 768, 768, 3) is not None
     assert tiles.choose_tile(1024, 768, 768, 3) is None
@@ -160,7 +160,7 @@ def test_choose_tile_where_it_was_measured():
     assert tiles.choose_tile(4096, 768, 768, 1, None, True) is not None
     assert tiles.choose_tile(2176, 1024, 1024, 1, None, True) is None
     for hidden in (384, 768, 1024):
-        assert tiles.choose_tile(128, hidden, hidden, 3) == tiles.cluster_tile(2, 4)
+        assert tiles.choose_tile(256, hidden, hidden, 3) == tiles.cluster_tile(2, 4)
         assert tiles.choose_tile(96, hidden, 4 * hidden, 1, "gelu") == tiles.cluster_tile(2, 4)
         assert tiles.choose_tile(65, hidden, hidden, 1, None, True) == tiles.cluster_tile(4, 2)
         assert tiles.choose_tile(128, 4 * hidden, hidden, 1, None, True) == tiles.cluster_tile(4, 2)
