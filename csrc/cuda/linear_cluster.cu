@@ -7,6 +7,13 @@ namespace {
 // Of 227 KB a multiprocessor: two blocks fit.
 constexpr int kHalfSharedBytes = 113 * 1024;
 
+// What the kernel's mask of members and its place for received sums take for granted.
+constexpr bool fits(ClusterShape shape) {
+  return (shape.sharers == 2 || shape.sharers == 4) && shape.ranks >= 2 && 8 % shape.ranks == 0 &&
+         shape.ranks * shape.sharers <= 8;
+}
+static_assert(fits(kClusterShapes[0]) && fits(kClusterShapes[1]) && kNumClusterShapes == 2);
+
 }  // namespace
 
 template <typename T>

@@ -79,7 +79,9 @@ __global__ void __launch_bounds__(kSelectThreads)
     log_softmax_sums_kernel(const TopCandidatesArgs args) {
   __shared__ float shared[kSelectWarps];
   wait_for_predecessor();
-  release_dependents();  // only now, for the next launch reads the logits before it waits
+  // Only now: the next launch reads the logits before it waits, and hypothesis_step, behind that,
+  // what the step before left.
+  release_dependents();
   const RowScores<T> row = row_scores<T>(args);
   const ChunkLogits loaded = load_chunk(row, blockIdx.x);
   float logits[kTokensPerThread], largest = -INFINITY;
@@ -213,7 +215,7 @@ __global__ void __launch_bounds__(kPartWarps* kWarpSize)
     part_sums_kernel(const TopCandidatesArgs args) {
   __shared__ uint32_t hidden_words[kPartWarps][kLaneTokens];
   wait_for_predecessor();
-  release_dependents();
+  release_dependents();  // only now, as in log_softmax_sums_kernel
   const RowScores<T> row = row_scores<T>(args);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int part = blockIdx.x * kPartWarps + warp, first = part * kPartTokens;

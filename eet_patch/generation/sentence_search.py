@@ -26,7 +26,9 @@ from eet_patch.ops import beam_selection
 from eet_patch.ops.beam_state import MAX_BEAMS, MAX_CANDIDATES
 from eet_patch.ops.hypotheses import Hypotheses, launch_hypothesis_step, torch_hypothesis_step
 
-STEPS = (16, 8, 2)  # of a graph: the most that may pass between two looks at what is done
+# Of a graph: the most that may pass between two looks at what is done. Long ones must be worth
+# their capture: so many times as many steps are left.
+STEPS, TIMES_LEFT = (16, 8, 2), 4
 # Batches are filled up to a multiple, so that graphs serve others of like size.
 FEW_SENTENCES, MULTIPLE_OF_FEW, MULTIPLE_OF_MANY = 64, 4, 8
 SIZES = (*BATCH_SIZES, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -402,8 +404,7 @@ def search(
     while number <= options.max_len and not over:
         steps = 1
         if patient and number >= prefix_len:
-            most = min(_patience(number), options.max_len - number)
-            steps = next((steps for steps in STEPS if steps <= most), 1)
+            steps = _steps_at_once(number, options.max_len - number)
         run.make_room(number + steps + 1)
         if options.is_plain and number >= prefix_len:
             run.run_plain(steps) if number < options.max_len else run.run_last()
@@ -428,9 +429,17 @@ def search(
     return run.results()
 
 
+def _steps_at_once(number: int, left: int) -> int:
+    for steps in STEPS:
+        times = 1 if steps == STEPS[-1] else TIMES_LEFT
+        if steps <= _patience(number) and times * steps <= left:
+            return steps
+    return 1
+
+
 def _patience(number: int) -> int:
     """How many steps may pass between two looks: few beside those that there have been."""
-    return min(max(STEPS[-1], number // 16), 16)
+    return min(max(STEPS[-1], number // 16), STEPS[0])
 
 
 def runs_behind(device: torch.device) -> bool:

@@ -34,7 +34,7 @@ from eet_patch.ops.launch import (
     torch_linear,
 )
 
-MAX_GRAPHS = 32  # of one step: batches as they shrink
+MAX_GRAPHS = 64  # of one step: batches as they shrink, by so many steps at once
 BLOCK = 16  # tokens; capacities are multiples of it, so that calls of like lengths share buffers
 
 

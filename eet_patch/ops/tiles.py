@@ -78,10 +78,11 @@ NUM_TILES = FIRST_CLUSTER + len(CLUSTER_SHAPES)
 # lie equally far apart (20 us at 2176 rows of 768). Other sizes were not measured.
 #
 # Up to FEW_ROWS rows what counts is the chain. A layer of BERT-base in a graph of twelve, 128 rows,
-# us: 30.8 by torch's products and blocks of a whole multiprocessor, 27.3 by clusters whose blocks
-# leave room for the next launch and which are one kernel for all four products; 96 rows 30.9 and
-# 27.5, BERT-large 39.9 and 32.9, MiniLM 27.0 and 23.6; 256 rows of BERT-base 38.6 and 34.7
-# (benchmarks/results/linear_tiles_nvidia_h100_80gb_hbm3.txt).
+# us: 30.8 by blocks of a whole multiprocessor and torch's out, 27.3 by clusters whose blocks leave
+# room for the next launch and which are one kernel for all four products; 96 rows 30.9 and 27.5,
+# BERT-large 39.9 and 32.9, MiniLM 27.0 (all by torch) and 23.6; 160 rows of BERT-base 39.7 and
+# 34.0, 256 rows 38.6 and 34.7 (benchmarks/results/linear_tiles_nvidia_h100_80gb_hbm3.txt). Between
+# 129 and 256 rows other sizes were not measured.
 FEW_ROWS = 256
 FEW_ROWS_FEATURES = (384, 1024)
 ACTIVATION_ROWS = 448
