@@ -92,6 +92,27 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 #endif
 }
 
+// copy_box to the same place of several blocks of the cluster, a bit each in `members`; counts at
+// the barrier of each.
+__device__ __forceinline__ void copy_box_to_members(uint32_t target, const CUtensorMap* map,
+                                                    int inner, int outer, uint32_t barrier,
+                                                    uint16_t members) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::"
+      "cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
+      "l"(map), "r"(inner), "r"(outer), "r"(barrier), "h"(members)
+      : "memory");
+#endif
+}
+
+// Brings the map itself, which else comes with the first copy.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+#endif
+}
+
 __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map, int inner,
                                          int outer, uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900

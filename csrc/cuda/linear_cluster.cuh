@@ -57,22 +57,6 @@ inline bool plan_cluster(ClusterPlan* plan, int k_blocks, int room) {
   return plan->weight_stages > 0;
 }
 
-__device__ __forceinline__ void copy_box_to_members(uint32_t target, const CUtensorMap* map,
-                                                    int inner, int outer, uint32_t barrier,
-                                                    uint16_t members) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::"
-      "cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
-      "l"(map), "r"(inner), "r"(outer), "r"(barrier), "h"(members)
-      : "memory");
-#endif
-}
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-#endif
-}
 // As push() of cluster.cuh, 16 bytes.
 __device__ __forceinline__ void push_vector(uint32_t target, const float* values,
                                             uint32_t barrier) {
@@ -204,7 +188,7 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
     };
     const int ready = min(k_blocks, at.weight_stages);
     if (lane == 0) {
-      prefetch_tensor_map(&p.input);
+      prefetch_map(&p.input);
       if (plan.weights_first) {
 #pragma unroll 1
         for (int block = 0; block < ready; ++block) bring_weight(block);

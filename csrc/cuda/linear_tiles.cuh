@@ -25,6 +25,7 @@ constexpr int kWarpgroupThreads = 128;
 constexpr int kTileThreads = 3 * kWarpgroupThreads;  // the first warpgroup brings tiles
 constexpr int kTileWarps = 8;                        // those that multiply
 constexpr int kTileSharedBytes = 227 * 1024;
+constexpr uint16_t kPairMembers = 3;  // a bit a block of the cluster
 
 // kHalves: how many times 64 rows a warpgroup sums up at a time.
 template <int kHalves, int kN, bool kTogether>
@@ -99,16 +100,6 @@ struct TileWalk {
   }
 };
 
-__device__ __forceinline__ void copy_box_to_pair(uint32_t target, const CUtensorMap* map, int inner,
-                                                 int outer, uint32_t barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::"
-      "cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
-      "l"(map), "r"(inner), "r"(outer), "r"(barrier), "h"(static_cast<uint16_t>(3))
-      : "memory");
-#endif
-}
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in_rank(barrier, rank))
@@ -148,12 +139,13 @@ __device__ void bring_tiles(const LinearTileParams<T>& p, const TileWalk<T>& wal
       barrier_wait(empty + 8 * stage, parity);
       barrier_expect(barrier, Tile::kStageBytes);
       if (input_shared) {
-        copy_box_to_pair(input_target, &p.input, block * kTileK, row, barrier);
+        copy_box_to_members(input_target, &p.input, block * kTileK, row, barrier, kPairMembers);
       } else {
         copy_box(input_target, &p.input, block * kTileK, row, barrier);
       }
       if (weight_shared) {
-        copy_box_to_pair(weight_target, weight_map, block * kTileK, column, barrier);
+        copy_box_to_members(weight_target, weight_map, block * kTileK, column, barrier,
+                            kPairMembers);
       } else {
         copy_box(weight_target, weight_map, block * kTileK, column, barrier);
       }

@@ -32,11 +32,6 @@ __device__ __forceinline__ void copy_head_box(uint32_t target, const CUtensorMap
       : "memory");
 #endif
 }
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-#endif
-}
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
