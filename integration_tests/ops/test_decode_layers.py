@@ -205,7 +205,7 @@ def test_decode_layers_activations(device, dtype, activation):
     check(case(device, dtype, activation=activation))
 
 
-@pytest.mark.parametrize("sizes", [(12, 64, 3), (16, 64, 2), (8, 80, 2), (8, 128, 2)])
+@pytest.mark.parametrize("sizes", [(12, 64, 3), (16, 64, 2), (8, 80, 2), (20, 80, 1), (8, 128, 2)])
 @pytest.mark.parametrize("rows", [1, 4, 16])
 def test_decode_layers_real_sizes(device, dtype, sizes, rows):
     num_heads, head_dim, num_layers = sizes
