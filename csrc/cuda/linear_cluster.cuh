@@ -166,10 +166,7 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
       barrier_init(at.input_full(i), 1);
       barrier_init(at.input_empty(i), kTileWarps * sharers);
     }
-    if (lane < kTileWarps) {
-      barrier_init(at.arrived(lane), 1);
-      barrier_expect(at.arrived(lane), own_groups * (ranks - 1) * kGroupBytes);
-    }
+    if (lane < kTileWarps) barrier_init(at.arrived(lane), 1);
     barrier_init_fence();
     __syncwarp();
   }
@@ -198,8 +195,7 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
       }
     }
     __syncwarp();
-    cluster_wait();    // all barriers of the cluster are set up
-    cluster_arrive();  // this warp reads nothing where received sums will stand
+    cluster_wait();  // all barriers of the cluster are set up
     if (lane == 0) {
       wait_for_predecessor();
       if (!plan.weights_first) {
@@ -226,6 +222,10 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
       }
     }
     __syncwarp();
+    // Not earlier, though this warp reads nothing where received sums will stand: racecheck lets a
+    // warp go on from an arrival when all of the block have come to it, and others' wait for
+    // copies.
+    cluster_arrive();
     cluster_wait();
     cluster_arrive();
     cluster_wait();
@@ -250,6 +250,8 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
     }
   };
   if (plan.weights_first) load_biases();
+  if (lane == 0) barrier_expect(at.arrived(warp), own_groups * (ranks - 1) * kGroupBytes);
+  __syncwarp();
   // Once this many blocks of k are done, received sums may come.
   const int keeps = max(0, k_blocks - at.input_stages + plan.received_stages);
   cluster_wait();
