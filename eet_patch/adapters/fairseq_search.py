@@ -232,12 +232,13 @@ def hypotheses(
     generator: Any, ended: Ended, source_lengths: Tensor, source_len: int
 ) -> list[list[dict[str, Tensor]]]:
     """What the generator returns: dictionaries, those of a sentence by score."""
-    scores, lengths = ended.scores, torch.tensor(ended.lengths)
+    scores, device = ended.scores, ended.scores.device
+    lengths = torch.tensor(ended.lengths, device=device)
     if generator.normalize_scores:
         scores = scores / lengths.double().pow(generator.len_penalty).float()
     if generator.match_source_len:
-        counts = torch.tensor(ended.counts)
-        longer = lengths - 1 > source_lengths.cpu().repeat_interleave(counts)
+        counts = torch.tensor(ended.counts, device=device)
+        longer = lengths - 1 > source_lengths.repeat_interleave(counts)
         scores = scores.masked_fill(longer, -torch.inf)
     # Views of all at once: one by one they would take longer than some steps.
     tokens = ended.tokens.split(ended.lengths)
@@ -245,7 +246,7 @@ def hypotheses(
     attention: Any = [torch.empty(0)] * len(ended.lengths)
     if ended.weights is not None:
         attention = ended.weights[:source_len].split(ended.lengths, 1)
-    single = scores.to(ended.tokens.device).unbind()
+    single = scores.unbind()
     alignment = torch.empty(len(ended.lengths), 0).unbind()
     on_host = scores.tolist()
     found, first = [], 0

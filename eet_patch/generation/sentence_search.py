@@ -73,7 +73,7 @@ class Ended(NamedTuple):
 
     counts: list[int]  # hypotheses of each sentence
     lengths: list[int]  # of each hypothesis, in tokens
-    scores: Tensor  # (hypotheses,) float32, sums of log probabilities, on the host
+    scores: Tensor  # (hypotheses,) float32, sums of log probabilities
     tokens: Tensor  # (tokens,)
     positional_scores: Tensor  # (tokens,) float32
     weights: Tensor | None  # (cross_len, tokens) float32
@@ -325,37 +325,36 @@ class Search:
     # --- the end ---------------------------------------------------------------------------------
 
     def results(self) -> Ended:
-        """Reads what has ended, along the slots that each hypothesis went through.
-
-        On the host, for on the device it takes a dozen of torch's kernels, whose loading in a
-        command of some batches is more than the copies of all.
-        """
+        """Reads what has ended, along the slots that each hypothesis went through."""
         step, batch, beams = self.step, self.batch, self.options.beams
-        counts = self.ended[:batch].cpu()
-        there = torch.arange(beams) < counts[:, None]
-        lengths = self.ended_lengths[:batch].cpu()[there].long()
-        scores = self.ended_scores[:batch].cpu()[there]
-        paths = self.ended_rows[:batch].cpu()[there]
-        # Of all tokens, one behind the other: the hypothesis, and the place in it.
-        number = torch.arange(len(lengths)).repeat_interleave(lengths)
-        at = torch.arange(len(number)) - (lengths.cumsum(0) - lengths)[number]
-        last = at == lengths[number] - 1
+        counts = self.ended[:batch]
+        there = torch.arange(beams, device=step.device) < counts[:, None]
+        lengths = self.ended_lengths[:batch].masked_fill(~there, 0)
+        numbers = torch.cat([counts, lengths.view(-1)]).tolist()
+        longest = max(numbers[batch:], default=0)
+        at = torch.arange(longest, device=step.device)
+        # Places of all tokens: found once, for the host waits for them.
+        used = (at < lengths[:, :, None]).view(-1).nonzero()[:, 0]
+        paths = self.ended_rows[:batch, :, :longest].long()
+        last = at == lengths[:, :, None] - 1
         # Token j was fed at position j + 1, but for the last, which nobody fed.
-        behind = (at + 1).masked_fill_(last, 0)
-        fed = paths[number, behind].long()
-        tokens = step.tokens.cpu()[fed, behind].masked_fill_(last, self.options.eos)
-        sums = torch.where(last, scores[number], step.scores.cpu()[fed, behind])
-        before = sums.roll(1).masked_fill_(at == 0, 0.0)
+        fed = torch.cat([paths[:, :, 1:], paths[:, :, :1]], 2)
+        behind = (at + 1).clamp(max=step.capacity - 1)
+        tokens = step.tokens[fed, behind].masked_fill(last, self.options.eos)
+        scores = self.ended_scores[:batch]
+        sums = torch.where(last, scores[:, :, None], step.scores[fed, behind])
+        positional = sums.clone()
+        positional[:, :, 1:] -= sums[:, :, :-1]
         weights = None
         if step.weights is not None:
-            rows = paths[number, at].long().to(step.device)
-            weights = step.weights[rows, at.to(step.device)].t()
+            weights = step.weights[paths.view(-1)[used], at.expand_as(paths).reshape(-1)[used]].t()
+        lengths_used = [length for length in numbers[batch:] if length]
         return Ended(
-            counts.tolist(),
-            lengths.tolist(),
-            scores,
-            tokens.to(step.device),
-            (sums - before).to(step.device),
+            numbers[:batch],
+            lengths_used,
+            scores[there],
+            tokens.view(-1)[used],
+            positional.view(-1)[used],
             weights,
         )
 

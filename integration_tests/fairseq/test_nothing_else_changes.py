@@ -137,23 +137,6 @@ assert files == {transformer_layer.__file__}
     )
 
 
-@pytest.mark.parametrize(
-    "command, frozen", [("generate", True), ("eval_lm", True), ("train", False), (None, False)]
-)
-def test_the_collector_is_spared_by_commands_that_generate(command, frozen):
-    run_python(
-        f"""
-import argparse, gc
-import fairseq.utils
-{f"import fairseq_cli.{command}" if command else ""}
-import eet_patch
-before = gc.get_freeze_count()
-fairseq.utils.import_user_module(argparse.Namespace(user_dir=eet_patch.fairseq_dir()))
-assert (gc.get_freeze_count() > before) is {frozen}
-"""
-    )
-
-
 def test_an_unknown_fairseq_is_left_alone():
     done = run_python(
         """

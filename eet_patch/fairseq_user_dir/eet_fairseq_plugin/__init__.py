@@ -2,8 +2,7 @@
 of the command run patched.
 
 It also lets fairseq 0.12 run with today's torch and numpy, which its commands need patched or not.
-Training is left as it is: fairseq-train gets that part alone. In a command that generates, what has
-been imported by then is kept from Python's garbage collector (`gc.freeze`).
+Training is left as it is: fairseq-train gets the second part alone.
 
 Environment:
     EET_REPORT  1: print `eet_patch.report()` to stderr when the command ends; anything else: the
@@ -14,7 +13,6 @@ This folder stands alone in its parent, because fairseq puts the parent first on
 
 import argparse
 import atexit
-import gc
 import json
 import os
 import sys
@@ -37,10 +35,12 @@ def let_fairseq_load() -> None:
         numpy.compat = compat  # type: ignore[attr-defined]
 
 
-def runs(*commands: str) -> bool:
-    """Whether one of these commands of fairseq_cli is running, however it was started."""
+def is_training() -> bool:
+    """Whether the running command is fairseq-train or fairseq-hydra-train, however it was
+    started.
+    """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    running = {f"fairseq_cli.{command}" for command in commands}
+    running = {"fairseq_cli.train", "fairseq_cli.hydra_train"}
     return not running.isdisjoint(sys.modules) or getattr(spec, "name", None) in running
 
 
@@ -54,11 +54,7 @@ def leave_report(where: str) -> None:
 
 
 let_fairseq_load()
-if not runs("train", "hydra_train"):
+if not is_training():
     eet_patch.enable()
-    if runs("generate", "interactive", "eval_lm"):
-        # What a command has imported stays. A full collection, of which there is one in some
-        # thousand sentences, looks through all of it for 0.14 s: a tenth of the time they take.
-        gc.freeze()
 if os.environ.get("EET_REPORT"):
     atexit.register(leave_report, os.environ["EET_REPORT"])
